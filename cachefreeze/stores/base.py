@@ -1,0 +1,185 @@
+"""The contract of a store: row *i* belongs to sample *i*, for ever.
+
+A store is a fixed number of rows of a fixed set of fields. It knows nothing of models, batches or
+fingerprints. Public methods own the guards; each store implements the ``_hooks`` that do the work.
+
+Shapes:
+    rows: (n,) int64 sample indices, on the CPU.
+    batch[field]: (n, *FieldSpec.shape) of FieldSpec.dtype.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from cachefreeze.errors import CorruptRowError, StoreError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldSpec:
+    """One field of every row.
+
+    Attributes:
+        name: Unique within the store, e.g. ``activation.0`` or ``field.1``.
+        shape: Of one row, without the batch dimension.
+        dtype: As stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of this field."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """What a store holds: how many rows, of which fields."""
+
+    rows: int
+    fields: tuple[FieldSpec, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all fields."""
+        return sum(field.row_bytes for field in self.fields)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row that does not carry the bytes that were written.
+
+    Attributes:
+        row: Index of the row.
+        field: The field that is damaged, or None where only the row as a whole can be judged.
+        reason: What was found.
+    """
+
+    row: int
+    field: str | None
+    reason: str
+
+
+class Store(ABC):
+    """Rows of one dataset's samples. Subclasses are final; see ``cachefreeze.testing`` for the conformance suite.
+
+    Attributes:
+        tier: ``device``, ``host`` or ``hdf5``.
+        spec: Rows and fields.
+        device: Where :meth:`read` puts what it returns.
+        writable: Whether :meth:`write` may be called.
+    """
+
+    tier: ClassVar[str]
+
+    def __init__(self, spec: StoreSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self.writable = True
+        self.closed = False
+        self._present = torch.zeros(spec.rows, dtype=torch.bool)
+
+    @property
+    def count(self) -> int:
+        """Number of rows present."""
+        return int(self._present.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows of this store take when all are present."""
+        return self.spec.nbytes
+
+    @final
+    def present(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` can be read: (n,) int64 -> (n,) bool."""
+        return self._present[self._checked(rows)]
+
+    @final
+    def write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Store one row per index; a row counts as present only once all its fields are in place.
+
+        Raises:
+            StoreError: The store is closed or read-only, or ``batch`` does not fit the spec.
+        """
+        rows = self._checked(rows)
+        if not self.writable:
+            raise StoreError(f"this {self.tier} store is read-only; open it in the process that fills it")
+        expected = {field.name for field in self.spec.fields}
+        if set(batch) != expected:
+            raise StoreError(f"write() got fields {sorted(batch)}, expected {sorted(expected)}: a row is written whole")
+        for field in self.spec.fields:
+            got = batch[field.name]
+            if got.shape != (len(rows), *field.shape) or got.dtype != field.dtype:
+                raise StoreError(
+                    f"field {field.name!r} got {tuple(got.shape)} {got.dtype}, expected "
+                    f"{(len(rows), *field.shape)} {field.dtype}: rows of a store have one shape and dtype"
+                )
+        if len(rows.unique()) != len(rows):
+            raise StoreError("write() got the same row twice in one batch; a row belongs to one sample")
+        if len(rows):
+            self._write(rows, batch)
+            self._present[rows] = True
+
+    @final
+    def read(self, rows: Tensor) -> dict[str, Tensor]:
+        """Gather rows into a fresh batch that the caller may write into.
+
+        Raises:
+            StoreError: A row is absent, or the store is closed.
+            CorruptRowError: A row failed its checksum; it is absent from now on.
+        """
+        rows = self._checked(rows)
+        absent = rows[~self._present[rows]]
+        if len(absent):
+            raise StoreError(f"row {int(absent[0])} is absent ({len(absent)} of {len(rows)} asked for): fill it first")
+        try:
+            return self._read(rows)
+        except CorruptRowError as error:
+            self.forget(torch.tensor(error.rows, dtype=torch.int64))
+            raise
+
+    @final
+    def forget(self, rows: Tensor) -> None:
+        """Mark rows absent for this process, so that they are computed again."""
+        self._present[self._checked(rows)] = False
+
+    def commit(self) -> None:  # noqa: B027  (stores in memory have nothing to make durable)
+        """Return once every row written so far survives a loss of power, where the tier can promise that."""
+
+    def verify(self) -> list[BadRow]:
+        """Compare every present row with its checksum; stores without checksums have nothing to compare."""
+        return []
+
+    def close(self) -> None:
+        """Release what the store holds. A closed store refuses every call; closing twice is harmless."""
+        self.closed = True
+
+    @abstractmethod
+    def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None: ...
+
+    @abstractmethod
+    def _read(self, rows: Tensor) -> dict[str, Tensor]: ...
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        if self.closed:
+            raise StoreError(f"this {self.tier} store is closed; open it again before use")
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise StoreError(f"rows must be a 1-d int64 tensor, got {rows.dim()}-d {rows.dtype}")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.spec.rows:
+            raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {int(rows.min())}..{int(rows.max())}")
+        return rows
