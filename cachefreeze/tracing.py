@@ -1,0 +1,299 @@
+"""In which order a forward uses modules and parameters: recorded from a run, else read by ``torch.fx``.
+
+Everything that names a boundary stands on this order, since registration order lies for many models
+(a classifier registered first, a shared activation, a head inside the backbone).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from cachefreeze.errors import UsageError
+from cachefreeze.isolation import eval_mode, preserved_random_state
+
+
+@dataclass(frozen=True)
+class Call:
+    """One module call: the module's name and the events between which it ran."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one forward used, in order. Event numbers are comparable between all three attributes.
+
+    Attributes:
+        calls: Module calls in order of their start; a call that encloses others starts before them.
+        parameters: Parameter name -> event of its first use; unused parameters are missing.
+        source: ``inputs`` (recorded), ``fx`` (traced without inputs) or ``registration`` (a guess).
+    """
+
+    calls: tuple[Call, ...]
+    parameters: dict[str, int]
+    source: Literal["inputs", "fx", "registration"]
+    _first: dict[str, Call] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        first: dict[str, Call] = {}
+        for call in self.calls:
+            first.setdefault(call.name, call)
+        object.__setattr__(self, "_first", first)
+
+    def first_call(self, name: str) -> Call | None:
+        """The first call of module ``name``, or of what it holds when it is never called itself (a ModuleList)."""
+        if name in self._first:
+            return self._first[name]
+        inside = [call for call in self.calls if call.name.startswith(f"{name}.")]
+        return inside[0] if inside else None
+
+    def start(self, model: nn.Module, name: str) -> int | None:
+        """The event at which module ``name`` or one of its parameters is first used."""
+        call = self.first_call(name)
+        events = [] if call is None else [call.start]
+        prefix = f"{name}." if name else ""
+        ids = {id(p) for p in model.get_submodule(name).parameters()}
+        for parameter_name, parameter in model.named_parameters():
+            owned = parameter_name.startswith(prefix) and id(parameter) in ids
+            if call is None and owned and parameter_name in self.parameters:
+                events.append(self.parameters[parameter_name])
+        return min(events, default=None)
+
+    def enclosing(self, call: Call) -> list[str]:
+        """Modules whose call encloses ``call``, outermost first; the root is ''."""
+        return [other.name for other in self.calls if other.start < call.start and call.end < other.end]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model's inputs as the user hands them over.
+
+    Attributes:
+        args: Positional arguments of ``forward``.
+        kwargs: Keyword arguments of ``forward``.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Any) -> Example:
+        """A tensor, a tuple (positional) or a dict (keyword)."""
+        if isinstance(inputs, Example):
+            return inputs
+        if isinstance(inputs, dict):
+            return cls((), dict(inputs))
+        if isinstance(inputs, tuple | list):
+            return cls(tuple(inputs), {})
+        if isinstance(inputs, Tensor):
+            return cls((inputs,), {})
+        raise UsageError(
+            f"example_inputs={type(inputs).__name__}: expected a tensor, a tuple (positional arguments) "
+            "or a dict (keyword arguments) with a batch of at least 2"
+        )
+
+    @property
+    def batch(self) -> int:
+        """Samples in the batch: the length of the first tensor's first dimension."""
+        tensors = [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        if not tensors or tensors[0].dim() == 0:
+            raise UsageError("example_inputs hold no tensor with a batch dimension; pass one batch of real inputs")
+        return int(tensors[0].shape[0])
+
+    def take(self, indices: list[int]) -> Example:
+        """The samples ``indices`` of every tensor whose first dimension is the batch."""
+        batch = self.batch
+
+        def pick(leaf: Any) -> Any:
+            batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+            return leaf[torch.tensor(indices, device=leaf.device)] if batched else leaf
+
+        args, kwargs = pytree.tree_map(pick, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def to(self, device: torch.device) -> Example:
+        """The same inputs on ``device``."""
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Example(args, kwargs)
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """``model(*args, **kwargs)``."""
+        return model(*self.args, **self.kwargs)
+
+
+class Tracer(fx.Tracer):
+    """``torch.fx`` with the model libraries' own leaf modules and functions.
+
+    A library that is not imported cannot have built the model, so none is imported here. Sources:
+    torchvision.models.feature_extraction (torchvision.ops), timm.models._features_fx.
+    """
+
+    def __init__(self, is_leaf: Callable[[nn.Module, str], bool] | None = None) -> None:
+        vision = sys.modules.get("torchvision.ops")
+        timm = sys.modules.get("timm.models._features_fx")
+        modules = (math,) if vision is None else (math, vision)
+        functions = tuple(timm.get_notrace_functions()) if timm is not None else ()
+        super().__init__(autowrap_modules=modules, autowrap_functions=functions)
+        self._library: tuple[type, ...] = ()
+        if vision is not None:
+            self._library += tuple(v for v in vars(vision).values() if isinstance(v, type) and issubclass(v, nn.Module))
+        if timm is not None:
+            self._library += tuple(timm.get_notrace_modules())
+        self._is_leaf = is_leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves are torch's and the libraries' own modules, unless a rule was given."""
+        if self._is_leaf is not None:
+            return self._is_leaf(m, module_qualified_name)
+        if isinstance(m, nn.Sequential):
+            return False
+        return isinstance(m, self._library) or super().is_leaf_module(m, module_qualified_name)
+
+
+def record_usage(model: nn.Module, inputs: Example) -> Usage:
+    """Run one forward in eval mode without gradients and note what it uses, in order.
+
+    Module modes and random states are as before afterwards.
+    """
+    events = _Events(model)
+
+    class _Parameters(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for leaf in pytree.tree_leaves((args, kwargs or {})):
+                if isinstance(leaf, nn.Parameter):
+                    events.parameter(leaf)
+            return func(*args, **(kwargs or {}))
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: events.enter(n), prepend=True))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: events.leave(n)))
+    try:
+        with preserved_random_state(), eval_mode(model), torch.no_grad(), _Parameters():
+            inputs.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return events.usage("inputs")
+
+
+def trace_usage(model: nn.Module) -> Usage:
+    """Read the order of use from a symbolic trace; from registration, with a warning, where that fails."""
+    events = _Events(model)
+
+    class _Order(Tracer):
+        def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            name = self.path_of_module(m)
+            events.enter(name)
+            if self.is_leaf_module(m, name):
+                events.register(m, name)
+            result = super().call_module(m, forward, args, kwargs)
+            events.leave(name)
+            return result
+
+        def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+            if isinstance(attr_val, nn.Parameter):
+                events.parameter(attr_val)
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    events.enter("")
+    try:
+        with eval_mode(model), preserved_random_state():
+            _Order().trace(model, concrete_args=default_arguments(model))
+    except Exception as error:  # any op of the user's forward may refuse a proxy, with any exception
+        warnings.warn(
+            f"the forward of {type(model).__name__} cannot be read without inputs ({_first_line(error)}); blocks are "
+            "in registration order, which may differ from the order of use. Pass example_inputs, or let split resolve "
+            "it",
+            stacklevel=3,
+        )
+        events = _Events(model)
+        events.enter("")
+        events.register(model, "")
+        events.leave("")
+        return events.usage("registration")
+    events.leave("")
+    return events.usage("fx")
+
+
+def usage_of(model: nn.Module, inputs: Example | None = None) -> Usage:
+    """The order of use: recorded when there are inputs, else traced."""
+    return trace_usage(model) if inputs is None else record_usage(model, inputs)
+
+
+def default_arguments(model: nn.Module, given: Example | None = None) -> dict[str, Any]:
+    """Arguments of ``forward`` that the trace must take as constants: those with a default that were not given."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = {p.name for p in positional[: len(given.args)]} | set(given.kwargs) if given is not None else set()
+    keep = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_ONLY}
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind in keep and p.default is not inspect.Parameter.empty and p.name not in named
+    }
+
+
+class _Events:
+    """A clock of module calls and parameter uses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(p): name for name, p in model.named_parameters()}  # a tied parameter has its first name
+        self._calls: list[Call] = []
+        self._parameters: dict[str, int] = {}
+        self._open: list[tuple[str, int]] = []
+        self._now = 0
+
+    def usage(self, source: Literal["inputs", "fx", "registration"]) -> Usage:
+        return Usage(tuple(sorted(self._calls, key=lambda call: call.start)), self._parameters, source)
+
+    def enter(self, name: str) -> None:
+        self._open.append((name, self._tick()))
+
+    def leave(self, name: str) -> None:
+        # a forward that raised inside (and was caught by the model) never left: drop what it opened
+        while self._open:
+            opened, start = self._open.pop()
+            if opened == name:
+                self._calls.append(Call(name, start, self._tick()))
+                return
+
+    def parameter(self, parameter: nn.Parameter) -> None:
+        name = self._names.get(id(parameter))
+        if name is not None and name not in self._parameters:
+            self._parameters[name] = self._tick()
+
+    def register(self, module: nn.Module, name: str) -> None:
+        """Use a module's parameters and children in registration order: all that is known inside a leaf."""
+        for parameter in module.parameters(recurse=False):
+            self.parameter(parameter)
+        for child_name, child in module.named_children():
+            child_path = f"{name}.{child_name}" if name else child_name
+            self.enter(child_path)
+            self.register(child, child_path)
+            self.leave(child_path)
+
+    def _tick(self) -> int:
+        self._now += 1
+        return self._now
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
