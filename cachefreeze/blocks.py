@@ -95,6 +95,15 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not any(True for _ in module.children())
 
 
+def is_stochastic(module: nn.Module) -> bool:
+    """Whether train mode changes what a module computes: batch statistics, dropout, stochastic depth."""
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.track_running_stats
+    kind = type(module).__name__
+    rate = getattr(module, "p", getattr(module, "drop_prob", None))
+    return ("Drop" in kind or "StochasticDepth" in kind) and bool(rate)
+
+
 def _opened(model: nn.Module, name: str, final: str | None) -> list[str]:
     """Names of the blocks and loose modules under ``name``, in registration order."""
     module = model.get_submodule(name)

@@ -62,6 +62,8 @@ class Usage:
 
     def start(self, model: nn.Module, name: str) -> int | None:
         """The event at which module ``name`` or one of its parameters is first used."""
+        module = model.get_submodule(name)
+        name = next(n for n, m in model.named_modules() if m is module)  # a shared module is known by its first name
         call = self.first_call(name)
         events = [] if call is None else [call.start]
         prefix = f"{name}." if name else ""

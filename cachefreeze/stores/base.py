@@ -60,6 +60,24 @@ class StoreSpec:
         return self.rows * self.row_bytes
 
 
+def check_spec(spec: StoreSpec) -> None:
+    """Refuse a spec that no store can hold, so that every tier refuses the same.
+
+    Raises:
+        StoreError: No rows, no fields, a name twice, or a row of no bytes.
+    """
+    if spec.rows < 1:
+        raise StoreError(f"rows={spec.rows}: a store holds at least one row; is the dataset empty?")
+    names = [field.name for field in spec.fields]
+    if not names:
+        raise StoreError("fields=(): a store holds at least one field")
+    if len(set(names)) != len(names):
+        raise StoreError(f"fields named {names}: every field needs a name of its own")
+    for field in spec.fields:
+        if any(size < 1 for size in field.shape):
+            raise StoreError(f"field {field.name!r} has shape {field.shape}: a row of no bytes cannot be stored")
+
+
 @dataclass(frozen=True)
 class BadRow:
     """One row that does not carry the bytes that were written.
@@ -88,6 +106,7 @@ class Store(ABC):
     tier: ClassVar[str]
 
     def __init__(self, spec: StoreSpec, device: torch.device) -> None:
+        check_spec(spec)
         self.spec = spec
         self.device = device
         self.writable = True
@@ -158,11 +177,13 @@ class Store(ABC):
         """Mark rows absent for this process, so that they are computed again."""
         self._present[self._checked(rows)] = False
 
-    def commit(self) -> None:  # noqa: B027  (stores in memory have nothing to make durable)
+    def commit(self) -> None:
         """Return once every row written so far survives a loss of power, where the tier can promise that."""
+        self._require_open()
 
     def verify(self) -> list[BadRow]:
         """Compare every present row with its checksum; stores without checksums have nothing to compare."""
+        self._require_open()
         return []
 
     def close(self) -> None:
@@ -175,11 +196,16 @@ class Store(ABC):
     @abstractmethod
     def _read(self, rows: Tensor) -> dict[str, Tensor]: ...
 
-    def _checked(self, rows: Tensor) -> Tensor:
+    def _require_open(self) -> None:
         if self.closed:
             raise StoreError(f"this {self.tier} store is closed; open it again before use")
-        if rows.dtype != torch.int64 or rows.dim() != 1:
-            raise StoreError(f"rows must be a 1-d int64 tensor, got {rows.dim()}-d {rows.dtype}")
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        self._require_open()
+        if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device.type != "cpu":
+            raise StoreError(
+                f"rows must be a 1-d int64 tensor on the CPU, got {rows.dim()}-d {rows.dtype} on {rows.device}"
+            )
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.spec.rows:
             raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {int(rows.min())}..{int(rows.max())}")
         return rows

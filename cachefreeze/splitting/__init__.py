@@ -1,0 +1,129 @@
+"""Split a model at a boundary into a frozen prefix and a trainable suffix, verified against the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cachefreeze.blocks import is_stochastic
+from cachefreeze.errors import FreezeError, SplitError
+from cachefreeze.freezing import boundary_event, boundary_of, is_locked, runs_before
+from cachefreeze.isolation import eval_mode, preserved_random_state
+from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
+from cachefreeze.splitting.fx_executor import FxExecutor
+from cachefreeze.splitting.verification import verify
+from cachefreeze.tracing import Example, Usage, record_usage
+
+__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "split"]
+
+# The first executor whose cut passes the verification is taken; another one plugs in here.
+_EXECUTORS: tuple[Executor, ...] = (FxExecutor(),)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A verified split.
+
+    Attributes:
+        model: The user's model.
+        prefix: Raw inputs -> activations, over the same Parameter objects as ``model``.
+        suffix: Activations -> the model's output, over the same Parameter objects as ``model``.
+        boundary: Name of the first trainable block, and the tensors that cross.
+        executor: Which executor made the cut.
+        cached_fraction: Share of the forward's FLOPs that the cache removes, 0 to 1.
+    """
+
+    model: nn.Module
+    prefix: nn.Module
+    suffix: nn.Module
+    boundary: Boundary
+    executor: str
+    cached_fraction: float
+
+    def __repr__(self) -> str:
+        tensors = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.boundary.tensors)
+        return (
+            f"Parts({type(self.model).__name__} at {self.boundary.name!r}: {tensors}, "
+            f"{self.boundary.bytes_per_sample:,} bytes a sample, {self.cached_fraction:.0%} of the forward cached, "
+            f"{self.executor})"
+        )
+
+
+def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) -> Parts:
+    """Find prefix and suffix so that ``suffix(prefix(x))`` is ``model(x)``: outputs, gradients and buffers.
+
+    Args:
+        model: Any module. Modes, flags, buffers, gradients and random states are as before afterwards.
+        example_inputs: A tensor, a tuple (positional) or a dict (keyword) with a batch of at least 2.
+        train_from: The first module to train. None reads ``requires_grad``.
+
+    Returns:
+        The verified parts.
+
+    Raises:
+        FreezeError: There is no such module, nothing is frozen, nothing trains, or a frozen part that was
+            frozen by hand is still in train mode.
+        SplitError: No executor can cut here exactly; the message names the module or op in the way.
+    """
+    example = Example.of(example_inputs)
+    if example.batch < 2:
+        raise SplitError(
+            f"example_inputs hold a batch of {example.batch}; pass at least 2 samples: a split is verified at two batch "
+            "sizes, and batch norm cannot train on one"
+        )
+    usage = record_usage(model, example)
+    name = train_from if train_from is not None else boundary_of(model, usage)
+    if name is None:
+        raise FreezeError(
+            f"nothing of {type(model).__name__} is frozen before its first trainable block, so there is nothing to "
+            "cache; freeze first: cf.freeze(model, train_from=…)"
+        )
+    site = _site(model, name, usage)
+    if train_from is None:
+        _check_modes(site)
+    reasons = []
+    for executor in _EXECUTORS:
+        try:
+            cut = executor.cut(site, example)
+            verify(cut, site, example)
+        except SplitError as error:
+            reasons.append(str(error))
+            continue
+        boundary = Boundary(name=name, tensors=cut.tensors)
+        fraction = _cached_fraction(cut, model, example)
+        return Parts(model, cut.prefix, cut.suffix, boundary, executor.name, fraction)
+    raise SplitError("; ".join(reasons))
+
+
+def _site(model: nn.Module, name: str, usage: Usage) -> Site:
+    event = boundary_event(model, name, usage)
+    frozen = frozenset(n for n, used in usage.parameters.items() if used < event)
+    return Site(model, name, event, usage, tuple(runs_before(model, usage, event)), frozen)
+
+
+def _check_modes(site: Site) -> None:
+    """Flags set by hand freeze no statistics and no dropout: say so rather than cache something else."""
+    for name in site.before:
+        module = site.model.get_submodule(name)
+        above = [site.model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
+        if module.training and is_stochastic(module) and not any(is_locked(m) for m in (module, *above)):
+            raise FreezeError(
+                f"{name!r} ({type(module).__name__}) runs before the boundary {site.name!r} and is in train mode: "
+                "requires_grad=False alone freezes neither batch statistics nor dropout. Use "
+                f"cf.freeze(model, train_from={site.name!r})"
+            )
+
+
+def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
+    some = example.take([0, 1])
+    with preserved_random_state(), eval_mode(model), torch.no_grad():
+        with FlopCounterMode(display=False) as whole:
+            some.call(model)
+        with FlopCounterMode(display=False) as before:
+            some.call(cut.prefix)
+    total = whole.get_total_flops()
+    return before.get_total_flops() / total if total else 0.0

@@ -1,0 +1,122 @@
+"""How a cache file comes into being: whole at its final name, or not at all.
+
+A temporary name -> blocks of the whole file reserved -> contents -> fsync -> ``link()`` to the final name, which fails
+when that exists -> the temporary name removed -> fsync of the folder. A kill at any instant leaves either nothing or a
+temporary whose lock is free; the next creation in that folder sweeps it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from cachefreeze.errors import StoreError
+from cachefreeze.stores.locks import FileLock
+from cachefreeze.stores.system import pwrite_all, store_error, system
+
+_TEMPORARY = re.compile(r"\.cachefreeze-[0-9a-f]{16}\.tmp")
+
+
+def lock_path(path: Path) -> Path:
+    """The file whose lock makes one process the writer of ``path``."""
+    return path.with_name(path.name + ".lock")
+
+
+def check_target(path: Path) -> None:
+    """Refuse a path where no new file can come to lie.
+
+    Raises:
+        StoreError: Its folder is missing, or something has that name already.
+    """
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder: give the name of a file in it, such as {path / 'rows.h5'}")
+    if os.path.lexists(path):
+        raise StoreError(f"{path} exists: open it with HDF5Store.open, remove it, or choose another name")
+    if not path.parent.is_dir():
+        raise StoreError(f"the folder of {path} does not exist: create it first")
+
+
+def create_file(path: Path, size_bytes: int, contents: Iterable[tuple[int, bytes]]) -> FileLock:
+    """Create ``path`` and become its writer.
+
+    Args:
+        path: Must not exist; its folder must.
+        size_bytes: Of the whole file.
+        contents: (offset, bytes) to write; the rest reads as zeros.
+
+    Returns:
+        The writer's lock.
+
+    Raises:
+        StoreSpaceError: There is no room for ``size_bytes``.
+        StoreError: Anything else went wrong. No file is left behind in either case.
+    """
+    try:
+        sweep(path.parent)
+        lock = FileLock.take(lock_path(path), os.O_CREAT)
+    except OSError as error:
+        raise store_error(error, "create", path) from error
+    if lock is None:
+        raise StoreError(f"another process is creating or filling {path}: wait for it, or choose another name")
+    try:
+        _create_locked(path, size_bytes, contents)
+    except BaseException as error:
+        # Safe although others may be waiting for it: whoever gets the lock checks that the file still has its name.
+        lock.release(unlink=True)
+        if isinstance(error, FileExistsError):
+            raise StoreError(f"{path} exists: another process has just created it; open it instead") from error
+        if isinstance(error, OSError) and not isinstance(error, StoreError):
+            raise store_error(error, "create", path, size_bytes) from error
+        raise
+    return lock
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporaries of creators that are gone; a living creator holds a lock on its own."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            # Gone meanwhile, or another user's: then it is not ours to remove, and no obstacle either.
+            with suppress(OSError):
+                if (lock := FileLock.take(path, 0)) is not None:
+                    lock.release(unlink=True)
+
+
+def _create_locked(path: Path, size_bytes: int, contents: Iterable[tuple[int, bytes]]) -> None:
+    temporary = _temporary(path.parent)
+    linked = False
+    try:
+        assert temporary.fd is not None
+        system.fallocate(temporary.fd, size_bytes)
+        for offset, data in contents:
+            pwrite_all(temporary.fd, data, offset)
+        system.fsync(temporary.fd)
+        system.link(temporary.path, path)
+        linked = True
+        temporary.release(unlink=True)
+        _sync_folder(path.parent)
+    except BaseException:
+        if linked:
+            system.unlink(path)
+        raise
+    finally:
+        temporary.release(unlink=True)
+
+
+def _temporary(folder: Path) -> FileLock:
+    while True:
+        path = folder / f".cachefreeze-{secrets.token_hex(8)}.tmp"
+        # None: a sweeper found the file between its creation and its lock, and took it for a dead one's.
+        if (lock := FileLock.take(path, os.O_CREAT | os.O_EXCL)) is not None:
+            return lock
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = system.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        system.fsync(fd)
+    finally:
+        os.close(fd)

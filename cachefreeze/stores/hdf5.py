@@ -1,0 +1,525 @@
+"""Rows on disk: plain HDF5 that libhdf5 lays out once, in memory, and never touches again.
+
+libhdf5 decides where things lie and what its metadata says; the bytes are written by us (``pwrite``) and read by us
+(``mmap``). A row counts once its commit record names it, and is believed once the record's checksum matches the bytes
+that are handed out. So no kill, torn write or flipped bit yields a wrong row. The format is in docs/store-format.md.
+
+Shapes:
+    raw: per field (n, row_bytes) uint8, rows as bytes.
+    records: (n,) of the 16-byte commit record.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import sys
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachefreeze.errors import CorruptRowError, StoreError, UsageError
+from cachefreeze.stores.base import BadRow, FieldSpec, Store, StoreSpec
+from cachefreeze.stores.creation import check_target, create_file, lock_path
+from cachefreeze.stores.file import (
+    CHUNK_ROWS,
+    COMPLETE,
+    RECORD,
+    Header,
+    complete,
+    open_regular,
+    read_header,
+    read_layout,
+)
+from cachefreeze.stores.header import (
+    ALIGNMENT_BYTES,
+    COMMIT,
+    DTYPE_NAMES,
+    HEADER_BYTES,
+    RECORD_BYTES,
+    Layout,
+    check_storable,
+    encode,
+    gaps,
+    metadata_sha256,
+)
+from cachefreeze.stores.locks import FileLock, drop_in_children
+from cachefreeze.stores.system import free_bytes, pwrite_all, space_error, store_error, system
+
+__all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
+
+Verify = Literal["first", "always", "never"]
+
+SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a power cut costs, and the stall at commit()
+
+_PAGE_BYTES = 4096
+# Superblock 3 and version 2 object headers, the checksummed ones, without what only the newest libhdf5 can read
+# ("latest" of HDF5 2.0 writes messages that 1.14 refuses).
+_LIBVER = ("v110", "v110")
+
+
+@final
+class HDF5Store(Store):
+    """Rows in one HDF5 file. Use :meth:`create` or :meth:`open`; the constructor is private.
+
+    One process writes a file at a time, any number read it. A forked child keeps reading and cannot write; a pickled
+    store reopens read-only. Which rows are present is read once, at open.
+    """
+
+    tier = "hdf5"
+
+    def __init__(self, path: Path, layout: Layout, crc: int, fd: int, lock: FileLock | None, verify: Verify) -> None:
+        super().__init__(layout.spec, torch.device("cpu"))
+        self._path = path
+        self._layout = layout
+        self._crc = crc
+        self._check_mode = verify
+        self._handles = _Handles(fd, lock, mmap.mmap(fd, layout.file_bytes, access=mmap.ACCESS_READ))
+        self._records = np.frombuffer(self._handles.mapping, RECORD, layout.spec.rows, layout.commit_offset)
+        self._data = [
+            np.frombuffer(
+                self._handles.mapping, np.uint8, layout.spec.rows * field.row_bytes, layout.offsets[field.name]
+            ).reshape(layout.spec.rows, field.row_bytes)
+            for field in layout.spec.fields
+        ]
+        present = self._present.numpy()
+        for start in range(0, layout.spec.rows, CHUNK_ROWS):
+            present[start : start + CHUNK_ROWS] = complete(self._records[start : start + CHUNK_ROWS], start)
+        self._verified = np.zeros(layout.spec.rows, dtype=np.bool_)
+        self._unsynced_bytes = 0
+        self.writable = lock is not None
+        weakref.finalize(self, self._handles.close)
+        drop_in_children(self)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        spec: StoreSpec,
+        *,
+        fingerprint: Mapping[str, str],
+        attributes: Mapping[str, str] | None = None,
+    ) -> HDF5Store:
+        """Make a new file with room for every row, and become its writer.
+
+        Args:
+            path: Must not exist; its folder must.
+            spec: Rows and fields.
+            fingerprint: What must be equal for the rows to be reused.
+            attributes: Free strings for people, such as model and boundary.
+
+        Raises:
+            StoreSpaceError: There is no room for the whole file.
+            StoreError: The spec does not fit the format, or the file cannot be made. Nothing is left behind.
+        """
+        path = Path(path).absolute()
+        attributes = attributes or {}
+        _require_platform()
+        check_storable(spec, fingerprint, attributes)
+        check_target(path)
+        least_bytes = HEADER_BYTES + spec.rows * RECORD_BYTES + spec.nbytes
+        if least_bytes > free_bytes(path.parent):
+            raise space_error(path, least_bytes)
+        layout, metadata = _lay_out(spec, fingerprint, attributes)
+        lock = create_file(path, layout.file_bytes, [*metadata, (0, encode(layout))])
+        try:
+            return cls._attach(path, lock, "first")
+        except BaseException:
+            system.unlink(path)
+            lock.release(unlink=True)
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path, *, writable: bool = True, verify: Verify = "first") -> HDF5Store:
+        """Open an existing file.
+
+        Args:
+            path: The file; a link is refused.
+            writable: Become the writer, if no other process is and the file may be written; see ``store.writable``.
+            verify: When to compare a row with its checksum: on its ``first`` read in this process, ``always``, or
+                ``never``.
+
+        Raises:
+            StoreError: There is no such file, or it cannot be opened.
+            CorruptStoreError: It is no cache file, or header or HDF5 metadata are damaged.
+        """
+        if verify not in get_args(Verify):
+            raise UsageError(f"verify={verify!r}: use one of {', '.join(map(repr, get_args(Verify)))}")
+        path = Path(path).absolute()
+        _require_platform()
+        if not writable:
+            return cls._attach(path, None, verify)
+        os.close(open_regular(path, os.O_RDONLY))  # or a lock would be left beside a file that does not exist
+        try:
+            lock = FileLock.take(lock_path(path), os.O_CREAT)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise store_error(error, "lock", path) from error
+            lock = None  # reading needs no write permission, neither to the file nor to its folder
+        try:
+            return cls._attach(path, lock, verify)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What must be equal for the rows to be reused."""
+        return dict(self._layout.fingerprint)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Free strings that the creator put in."""
+        return dict(self._layout.attributes)
+
+    def commit(self) -> None:
+        """Return once every row written so far survives a loss of power, if the disk honours fsync.
+
+        Raises:
+            StoreError: The system could not write them; what it kept is judged by checksum from here on.
+        """
+        self._require_open()
+        if self._handles.fd is not None:
+            self._sync(self._handles.fd)
+
+    def verify(self) -> list[BadRow]:
+        """Compare every present row with its checksum, and name damaged commit records.
+
+        Reads the whole file. Bad rows stay present here; reading one raises and marks it absent. The checksum covers
+        all fields of a row together, so a field can be named only where there is one.
+        """
+        self._require_open()
+        names = [field.name for field in self.spec.fields]
+        whole = f"the checksum over {', '.join(names)} does not match" + (" (any may be damaged)" if names[1:] else "")
+        bad = []
+        for start in range(0, self.spec.rows, CHUNK_ROWS):
+            records = self._records[start : start + CHUNK_ROWS]
+            said = complete(records, start)
+            present = self._present.numpy()[start : start + CHUNK_ROWS]
+            broken = ~said & (
+                (records["row_plus_1"] != 0) | (records["flags"] != 0) | (records["xxh3_64"] != 0) | present
+            )
+            for row in (np.flatnonzero(broken) + start).tolist():
+                bad.append(BadRow(row, None, f"its record in /{COMMIT} is damaged or was removed: the row is lost"))
+            for row in (np.flatnonzero(said & present) + start).tolist():
+                if _digest([data[row] for data in self._data]) != self._records["xxh3_64"][row]:
+                    self._verified[row] = False
+                    bad.append(BadRow(row, None if names[1:] else names[0], whole))
+        return sorted(bad, key=lambda one: one.row)
+
+    def close(self) -> None:
+        """Unmap and close the file and give up its lock."""
+        super().close()
+        self.writable = False
+        self._records, self._data = self._records[:0].copy(), []
+        self._handles.close()
+
+    def after_fork_in_child(self) -> None:
+        """A child reads what its parent mapped; writing stays with the parent, which holds the lock."""
+        self.writable = False
+        self._handles.drop_writer()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self._path), self._check_mode, self._crc)
+
+    @classmethod
+    def _attach(cls, path: Path, lock: FileLock | None, verify: Verify) -> HDF5Store:
+        """Check and map the file. Takes over ``lock`` when it returns; the caller keeps it when it raises."""
+        fd = open_regular(path, os.O_RDONLY if lock is None else os.O_RDWR)
+        keep = False
+        try:
+            layout, crc = read_layout(fd, path)
+            keep = lock is not None and _may_write(fd)
+            store = cls(path, layout, crc, fd, lock if keep else None, verify)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError) and not isinstance(error, StoreError):
+                raise store_error(error, "map", path) from error
+            raise
+        if not keep:
+            store._handles.drop_writer()
+            if lock is not None:
+                lock.release()
+        return store
+
+    def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
+        index = rows.numpy()
+        raw = [_bytes_of(batch[field.name], field) for field in self.spec.fields]
+        records = np.zeros(len(index), RECORD)
+        records["xxh3_64"] = [_digest(row) for row in zip(*raw, strict=True)]
+        records["row_plus_1"] = index + 1
+        records["flags"] = COMPLETE
+        recorded = self._records["row_plus_1"][index] != 0
+        self._present.numpy()[index] = False
+        self._verified[index] = False
+        try:
+            self._write_runs(index, raw, records, recorded)
+        except OSError as error:
+            raise store_error(error, "write rows to", self._path, self._layout.file_bytes) from error
+        self._verified[index] = True
+        self._unsynced_bytes += len(index) * (self.spec.row_bytes + RECORD_BYTES)
+        if self._unsynced_bytes >= SYNC_BYTES:
+            self.commit()
+
+    def _write_runs(
+        self, index: NDArray[Any], raw: Sequence[NDArray[Any]], records: NDArray[Any], recorded: NDArray[Any]
+    ) -> None:
+        fd = self._handles.fd
+        assert fd is not None
+        runs = list(_runs(index))
+        for start, stop in runs:
+            # A row that is rewritten is absent until it is whole again, also to readers that never check.
+            if recorded[start:stop].any():
+                pwrite_all(fd, np.zeros_like(records[start:stop]), self._record_offset(index[start]))
+        for field, data in zip(self.spec.fields, raw, strict=True):
+            offset = self._layout.offsets[field.name]
+            for start, stop in runs:
+                pwrite_all(fd, data[start:stop], offset + int(index[start]) * field.row_bytes)
+        for start, stop in runs:
+            pwrite_all(fd, records[start:stop], self._record_offset(index[start]))
+
+    def _record_offset(self, row: int) -> int:
+        return self._layout.commit_offset + int(row) * RECORD_BYTES
+
+    def _sync(self, fd: int) -> None:
+        try:
+            system.fdatasync(fd)
+        except OSError as error:
+            # The kernel may have dropped the pages it could not write: no row of this process is above suspicion.
+            # https://wiki.postgresql.org/wiki/Fsync_Errors
+            self._verified[:] = False
+            raise store_error(error, "make durable the rows of", self._path, self._layout.file_bytes) from error
+        self._unsynced_bytes = 0
+
+    def _read(self, rows: Tensor) -> dict[str, Tensor]:
+        index = rows.numpy()
+        batch, raw = {}, []
+        for field, data in zip(self.spec.fields, self._data, strict=True):
+            fresh = torch.empty((len(index), *field.shape), dtype=field.dtype)
+            bytes_ = fresh.view(torch.uint8).view(len(index), field.row_bytes)
+            # "clip" as "raise" gathers into a second buffer first; the indices have been checked
+            np.take(data, index, axis=0, out=bytes_.numpy(), mode="clip")
+            raw.append(bytes_.numpy())
+            # A bool of any other byte than 0 and 1 is undefined behaviour in torch, and the file may hold one.
+            batch[field.name] = bytes_.ne(0).view(fresh.shape) if field.dtype == torch.bool else fresh
+        if self._check_mode != "never":
+            self._check(index, raw)
+        return batch
+
+    def _check(self, index: NDArray[Any], raw: Sequence[NDArray[Any]]) -> None:
+        suspects = np.flatnonzero(~self._verified[index]) if self._check_mode == "first" else np.arange(len(index))
+        expected = self._records["xxh3_64"][index[suspects]].tolist()
+        good = [
+            _digest([data[at] for data in raw]) == digest
+            for at, digest in zip(suspects.tolist(), expected, strict=True)
+        ]
+        bad = np.unique(index[suspects[~np.array(good, dtype=np.bool_)]])
+        self._verified[index[suspects]] = True
+        self._verified[bad] = False
+        if len(bad):
+            raise CorruptRowError(
+                f"{len(bad)} of {len(index)} rows read from {self._path} do not match their checksum, first row "
+                f"{bad[0]}: they are absent now and can be computed and written again",
+                rows=bad.tolist(),
+            )
+
+
+@final
+class _Handles:
+    """What a store holds of the operating system; outlives it only until the finalizer ran."""
+
+    def __init__(self, fd: int, lock: FileLock | None, mapping: mmap.mmap) -> None:
+        self.fd: int | None = fd
+        self.lock = lock
+        self.mapping = mapping
+
+    def drop_writer(self) -> None:
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def close(self) -> None:
+        self.drop_writer()
+        if self.lock is not None:
+            self.lock.release()
+        with suppress(BufferError):  # a read in another thread still gathers from it: freed when that ends
+            self.mapping.close()
+
+
+@final
+class _Memory(io.RawIOBase):
+    """A sparse file in memory: libhdf5 lays out terabytes here and writes some kilobytes of metadata.
+
+    Letting it write to the disk instead would put it on the path of a full disk, where it dies by a signal.
+    """
+
+    def __init__(self) -> None:
+        self.pages: dict[int, bytearray] = {}
+        self.size = 0
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self._position if size is None else size
+        return self.size
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view[:] = self.at(self._position, len(view))
+        self._position += len(view)
+        return len(view)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for page, inside, start, size in _page_spans(self._position, len(view)):
+            self.pages.setdefault(page, bytearray(_PAGE_BYTES))[inside : inside + size] = view[start : start + size]
+        self._position += len(view)
+        self.size = max(self.size, self._position)
+        return len(view)
+
+    def at(self, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        for page, inside, start, part in _page_spans(offset, size):
+            if page in self.pages:
+                data[start : start + part] = self.pages[page][inside : inside + part]
+        return bytes(data)
+
+
+def _page_spans(offset: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+    """(page, offset in the page, offset in the span, bytes) for every page that a span touches."""
+    done = 0
+    while done < size:
+        page, inside = divmod(offset + done, _PAGE_BYTES)
+        part = min(_PAGE_BYTES - inside, size - done)
+        yield page, inside, done, part
+        done += part
+
+
+def _lay_out(
+    spec: StoreSpec, fingerprint: Mapping[str, str], attributes: Mapping[str, str]
+) -> tuple[Layout, list[tuple[int, bytes]]]:
+    """Have libhdf5 lay out a file in memory.
+
+    Returns:
+        The layout, and (offset, bytes) of the HDF5 metadata.
+    """
+    import h5py  # here only: reading needs no libhdf5, and importing it costs 0.2 s
+
+    memory = _Memory()
+    offsets = {}
+    with h5py.File(
+        memory,
+        "w",
+        libver=_LIBVER,
+        userblock_size=HEADER_BYTES,
+        alignment_threshold=1,
+        alignment_interval=ALIGNMENT_BYTES,
+    ) as file:
+        placement = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        placement.set_layout(h5py.h5d.CONTIGUOUS)
+        placement.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        placement.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        for name, shape, dtype, stands_for in [
+            (COMMIT, (), RECORD, "xxh3_64 of the row, row + 1, flags; all zero: absent"),
+            *((field.name, field.shape, _disk_dtype(field.dtype), DTYPE_NAMES[field.dtype]) for field in spec.fields),
+        ]:
+            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple((spec.rows, *shape))
+            dataset = h5py.h5d.create(file.id, name.encode(), kind, space, placement)
+            h5py.Dataset(dataset).attrs["cachefreeze"] = stands_for
+            offsets[name] = dataset.get_offset()
+    if any(offset is None or offset % ALIGNMENT_BYTES for offset in offsets.values()):
+        raise StoreError(
+            f"libhdf5 placed datasets at {offsets}, expected multiples of {ALIGNMENT_BYTES}: please report"
+        )
+    commit_offset = offsets.pop(COMMIT)
+    spans = gaps(spec, offsets, commit_offset, memory.size)
+    layout = Layout(
+        spec=spec,
+        offsets=offsets,
+        commit_offset=commit_offset,
+        file_bytes=memory.size,
+        metadata_sha256=metadata_sha256(spans, memory.at),
+        fingerprint=fingerprint,
+        attributes=attributes,
+        created=int(time.time()),
+    )
+    return layout, [(offset, memory.at(offset, size)) for offset, size in spans]
+
+
+def _disk_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What h5py shows: HDF5 has neither bfloat16 nor a bool that every reader knows."""
+    name = {torch.bfloat16: "uint16", torch.bool: "uint8"}.get(dtype, DTYPE_NAMES[dtype])
+    return np.dtype(name).newbyteorder("<")
+
+
+def _bytes_of(tensor: Tensor, field: FieldSpec) -> NDArray[Any]:
+    """(n, *shape) on any device -> (n, row_bytes) uint8 on the CPU."""
+    there = tensor.detach().cpu().resolve_neg().contiguous()
+    return there.view(-1).view(torch.uint8).view(len(tensor), field.row_bytes).numpy()
+
+
+def _digest(parts: Sequence[NDArray[Any]]) -> int:
+    """xxh3_64 over the bytes of one row, its fields in header order."""
+    if len(parts) == 1:
+        return xxhash.xxh3_64_intdigest(parts[0])
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
+def _runs(index: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the stretches of ``index`` that count up by one: each is one write."""
+    edges = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
+    return zip(edges[:-1], edges[1:], strict=True)
+
+
+def _may_write(fd: int) -> bool:
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+
+def _reopen(path: str, verify: Verify, crc: int) -> HDF5Store:
+    store = HDF5Store.open(path, writable=False, verify=verify)
+    if store._crc != crc:
+        store.close()
+        raise StoreError(f"{path} is another file than the one whose store was pickled: open the new one")
+    return store
+
+
+def _require_platform() -> None:
+    if sys.byteorder != "little" or not hasattr(os, "pwrite"):
+        raise StoreError("cache files need a little-endian POSIX system; use store='host' here")

@@ -1,0 +1,122 @@
+"""Every system call by which a cache file changes, behind one object that tests can make fail.
+
+Nothing else in the package writes to a cache file, its lock or its folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cachefreeze.errors import StoreError, StoreSpaceError
+
+_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+_NO_FALLOCATE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+_ZEROS = bytes(1 << 20)
+
+
+@final
+class System:
+    """The calls themselves. They raise OSError; the callers say what was being done."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """Open without following a link at the end of ``path``; new files are 0600: activations reveal inputs."""
+        # O_NONBLOCK: a FIFO of that name must not make us wait; it changes nothing for a regular file
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        """Write some of ``data``; return how many bytes."""
+        return os.pwrite(fd, data, offset)
+
+    def fallocate(self, fd: int, size_bytes: int) -> None:
+        """Reserve the blocks of the whole file and set its size."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(fd, 0, size_bytes)
+            except OSError as error:
+                if error.errno not in _NO_FALLOCATE:
+                    raise
+            else:
+                return
+        for start in range(0, size_bytes, len(_ZEROS)):  # the portable way to reserve blocks: write them
+            pwrite_all(fd, _ZEROS[: size_bytes - start], start)
+
+    def fsync(self, fd: int) -> None:
+        """Make data and metadata durable."""
+        os.fsync(fd)
+
+    def fdatasync(self, fd: int) -> None:
+        """Make data durable; the size never changes after creation, so that is all there is to lose."""
+        getattr(os, "fdatasync", os.fsync)(fd)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give ``source`` a second name; fails when ``target`` exists."""
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name."""
+        path.unlink()
+
+
+system = System()
+
+
+def pwrite_all(fd: int, data: bytes | NDArray[Any], offset: int) -> None:
+    """Write all of ``data`` at ``offset``, however often the kernel takes only a part of it."""
+    view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    while view:
+        try:
+            written = system.pwrite(fd, view, offset)
+        except InterruptedError:  # Python retries by itself unless a signal handler raised; an injected fault does not
+            continue
+        if written <= 0:
+            raise OSError(errno.EIO, "the file system took no bytes")
+        view = view[written:]
+        offset += written
+
+
+def pread_all(fd: int, size_bytes: int, offset: int) -> bytes:
+    """Read ``size_bytes`` at ``offset``; fewer only where the file ends."""
+    parts = []
+    while size_bytes > 0 and (part := os.pread(fd, size_bytes, offset)):
+        parts.append(part)
+        size_bytes -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write to the file system of ``folder``."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def space_error(path: Path, needed_bytes: int) -> StoreSpaceError:
+    """What to raise when ``path`` does not fit."""
+    free = "an unknown number"
+    with suppress(OSError):
+        free = f"{free_bytes(path.parent):,}"
+    return StoreSpaceError(
+        f"{path} needs {needed_bytes:,} bytes, {free} are free and the file system, a quota or a limit on file sizes "
+        "does not allow that: free some space, or use another folder, a smaller dtype or a later boundary"
+    )
+
+
+def store_error(error: OSError, doing: str, path: Path, needed_bytes: int = 0) -> StoreError:
+    """The package's own error for a failed system call.
+
+    Args:
+        error: What the call raised.
+        doing: Completes "cannot …".
+        path: The cache file.
+        needed_bytes: What it needs, for the message when there is no space.
+    """
+    if error.errno in _SPACE_ERRORS:
+        return space_error(path, needed_bytes)
+    return StoreError(f"cannot {doing} {path}: {error.strerror or error}")
