@@ -1,3 +1,33 @@
 """Run the frozen prefix of a network once per sample; train the rest from its cached activations."""
 
+from cachefreeze.blocks import Block, blocks
+from cachefreeze.engine import Engine
+from cachefreeze.errors import CacheFreezeError
+from cachefreeze.freezing import freeze, unfreeze
+from cachefreeze.loader import Rows
+from cachefreeze.manager import CacheManager
+from cachefreeze.splitting import Boundary, BoundaryTensor, Parts, split
+from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "Boundary",
+    "BoundaryTensor",
+    "CacheFreezeError",
+    "CacheManager",
+    "DeviceStore",
+    "Engine",
+    "FieldSpec",
+    "HDF5Store",
+    "HostStore",
+    "Parts",
+    "Rows",
+    "Store",
+    "StoreSpec",
+    "blocks",
+    "freeze",
+    "split",
+    "unfreeze",
+]

@@ -148,7 +148,7 @@ class Store(ABC):
                     f"field {field.name!r} got {tuple(got.shape)} {got.dtype}, expected "
                     f"{(len(rows), *field.shape)} {field.dtype}: rows of a store have one shape and dtype"
                 )
-        if len(rows.unique()) != len(rows):
+        if len(set(rows.tolist())) != len(rows):
             raise StoreError("write() got the same row twice in one batch; a row belongs to one sample")
         if len(rows):
             self._write(rows, batch)

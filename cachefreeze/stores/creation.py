@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cachefreeze.errors import StoreError
 from cachefreeze.stores.locks import FileLock
-from cachefreeze.stores.system import pwrite_all, store_error, system
+from cachefreeze.stores.system import free_bytes, pwrite_all, space_error, store_error, system
 
 _TEMPORARY = re.compile(r"\.cachefreeze-[0-9a-f]{16}\.tmp")
 
@@ -26,18 +26,28 @@ def lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
 
 
-def check_target(path: Path) -> None:
-    """Refuse a path where no new file can come to lie.
+def check_target(path: Path, least_bytes: int) -> None:
+    """Refuse at once, and without a trace, a path where no new file of that size can come to lie.
 
     Raises:
+        StoreSpaceError: The file system has fewer than ``least_bytes`` free.
         StoreError: Its folder is missing, or something has that name already.
     """
+    try:
+        _check_target(path, least_bytes)
+    except OSError as error:
+        raise error if isinstance(error, StoreError) else store_error(error, "create", path) from error
+
+
+def _check_target(path: Path, least_bytes: int) -> None:
     if path.is_dir():
         raise StoreError(f"{path} is a folder: give the name of a file in it, such as {path / 'rows.h5'}")
     if os.path.lexists(path):
         raise StoreError(f"{path} exists: open it with HDF5Store.open, remove it, or choose another name")
     if not path.parent.is_dir():
         raise StoreError(f"the folder of {path} does not exist: create it first")
+    if least_bytes > free_bytes(path.parent):
+        raise space_error(path, least_bytes)
 
 
 def create_file(path: Path, size_bytes: int, contents: Iterable[tuple[int, bytes]]) -> FileLock:

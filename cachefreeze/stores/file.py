@@ -13,18 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cachefreeze.errors import CorruptStoreError, StoreError
 from cachefreeze.stores.base import FieldSpec
 from cachefreeze.stores.header import HEADER_BYTES, RECORD_BYTES, Layout, decode, metadata_sha256
+from cachefreeze.stores.rows import RECORD, complete
 from cachefreeze.stores.system import pread_all, store_error, system
 
-RECORD = np.dtype([("xxh3_64", "<u8"), ("row_plus_1", "<u4"), ("flags", "<u4")])
-COMPLETE = 1  # the only flags of format version 1: all fields of the row are in place
 CHUNK_ROWS = 1 << 20  # bounds the memory that scanning a commit table takes
 
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -61,7 +58,7 @@ def read_header(path: str | Path) -> Header:
         CorruptStoreError: It is no cache file, or a damaged one.
     """
     path = Path(path).absolute()
-    fd = open_regular(path, os.O_RDONLY)
+    fd, _ = open_regular(path, os.O_RDONLY)
     try:
         layout, _ = read_layout(fd, path)
         return Header(
@@ -79,21 +76,27 @@ def read_header(path: str | Path) -> Header:
         os.close(fd)
 
 
-def open_regular(path: Path, flags: int) -> int:
+def open_regular(path: Path, flags: int) -> tuple[int, bool]:
     """Open an existing file that is neither a link nor a device nor a FIFO.
 
-    Asked for O_RDWR, it settles for O_RDONLY where writing is not allowed; the caller asks the descriptor.
+    Args:
+        path: The file.
+        flags: O_RDONLY, or O_RDWR, which settles for O_RDONLY where writing is not allowed.
+
+    Returns:
+        The descriptor, and whether it may be written to.
 
     Raises:
         StoreError: It is missing, cannot be opened, or is something else.
     """
+    may_write = flags == os.O_RDWR
     try:
         try:
             fd = system.open(path, flags)
         except OSError as error:
-            if flags == os.O_RDONLY or error.errno not in _DENIED:
+            if not may_write or error.errno not in _DENIED:
                 raise
-            fd = system.open(path, os.O_RDONLY)
+            fd, may_write = system.open(path, os.O_RDONLY), False
     except FileNotFoundError:
         raise StoreError(f"there is no cache file {path}; HDF5Store.create makes one") from None
     except OSError as error:
@@ -103,14 +106,14 @@ def open_regular(path: Path, flags: int) -> int:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise StoreError(f"{path} is no regular file, so it is no cache file")
-    return fd
+    return fd, may_write
 
 
 def read_layout(fd: int, path: Path) -> tuple[Layout, int]:
     """Check header and HDF5 metadata.
 
     Returns:
-        The layout, and the CRC-32 of the header block, which tells one file from another at the same path.
+        The layout, and the header's CRC-32, which tells one file from another at the same path.
 
     Raises:
         CorruptStoreError: Naming the damaged part.
@@ -119,16 +122,7 @@ def read_layout(fd: int, path: Path) -> tuple[Layout, int]:
     layout = decode(block, os.fstat(fd).st_size, path)
     if metadata_sha256(layout.gaps, lambda offset, size: pread_all(fd, size, offset)) != layout.metadata_sha256:
         raise CorruptStoreError(f"{path}: the HDF5 metadata is damaged. Remove the file to have it made again")
-    return layout, zlib.crc32(block)
-
-
-def complete(records: NDArray[Any], first_row: int) -> NDArray[np.bool_]:
-    """Which of the consecutive ``records`` from ``first_row`` on say that their own row is complete.
-
-    A record that names another row, or has flags this format does not know, says nothing.
-    """
-    own = np.arange(first_row + 1, first_row + 1 + len(records), dtype=np.uint32)
-    return np.asarray((records["row_plus_1"] == own) & (records["flags"] == COMPLETE))
+    return layout, zlib.crc32(block[:-4])  # without its own CRC, or the result is a constant
 
 
 def _count(fd: int, layout: Layout) -> int:

@@ -12,36 +12,25 @@ Shapes:
 from __future__ import annotations
 
 import errno
-import io
 import mmap
 import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cachefreeze.errors import CorruptRowError, StoreError, UsageError
-from cachefreeze.stores.base import BadRow, FieldSpec, Store, StoreSpec
+from cachefreeze.stores.base import BadRow, Store, StoreSpec
 from cachefreeze.stores.creation import check_target, create_file, lock_path
-from cachefreeze.stores.file import (
-    CHUNK_ROWS,
-    COMPLETE,
-    RECORD,
-    Header,
-    complete,
-    open_regular,
-    read_header,
-    read_layout,
-)
+from cachefreeze.stores.file import CHUNK_ROWS, Header, open_regular, read_header, read_layout
 from cachefreeze.stores.header import (
     ALIGNMENT_BYTES,
     COMMIT,
@@ -55,7 +44,9 @@ from cachefreeze.stores.header import (
     metadata_sha256,
 )
 from cachefreeze.stores.locks import FileLock, drop_in_children
-from cachefreeze.stores.system import free_bytes, pwrite_all, space_error, store_error, system
+from cachefreeze.stores.rows import COMPLETE, RECORD, bytes_of, complete, row_digest, stretches
+from cachefreeze.stores.sparse import SparseFile
+from cachefreeze.stores.system import pwrite_all, store_error, system
 
 __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
 
@@ -63,7 +54,6 @@ Verify = Literal["first", "always", "never"]
 
 SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a power cut costs, and the stall at commit()
 
-_PAGE_BYTES = 4096
 # Superblock 3 and version 2 object headers, the checksummed ones, without what only the newest libhdf5 can read
 # ("latest" of HDF5 2.0 writes messages that 1.14 refuses).
 _LIBVER = ("v110", "v110")
@@ -127,10 +117,8 @@ class HDF5Store(Store):
         attributes = attributes or {}
         _require_platform()
         check_storable(spec, fingerprint, attributes)
-        check_target(path)
         least_bytes = HEADER_BYTES + spec.rows * RECORD_BYTES + spec.nbytes
-        if least_bytes > free_bytes(path.parent):
-            raise space_error(path, least_bytes)
+        check_target(path, least_bytes)
         layout, metadata = _lay_out(spec, fingerprint, attributes)
         lock = create_file(path, layout.file_bytes, [*metadata, (0, encode(layout))])
         try:
@@ -160,7 +148,7 @@ class HDF5Store(Store):
         _require_platform()
         if not writable:
             return cls._attach(path, None, verify)
-        os.close(open_regular(path, os.O_RDONLY))  # or a lock would be left beside a file that does not exist
+        os.close(open_regular(path, os.O_RDONLY)[0])  # or a lock would be left beside a file that does not exist
         try:
             lock = FileLock.take(lock_path(path), os.O_CREAT)
         except OSError as error:
@@ -171,7 +159,7 @@ class HDF5Store(Store):
             return cls._attach(path, lock, verify)
         except BaseException:
             if lock is not None:
-                lock.release()
+                lock.release(unlink=True)
             raise
 
     @property
@@ -208,18 +196,16 @@ class HDF5Store(Store):
         self._require_open()
         names = [field.name for field in self.spec.fields]
         whole = f"the checksum over {', '.join(names)} does not match" + (" (any may be damaged)" if names[1:] else "")
-        bad = []
+        lost = f"its record in /{COMMIT} is damaged or was removed: the row is lost"
+        bad: list[BadRow] = []
         for start in range(0, self.spec.rows, CHUNK_ROWS):
             records = self._records[start : start + CHUNK_ROWS]
             said = complete(records, start)
             present = self._present.numpy()[start : start + CHUNK_ROWS]
-            broken = ~said & (
-                (records["row_plus_1"] != 0) | (records["flags"] != 0) | (records["xxh3_64"] != 0) | present
-            )
-            for row in (np.flatnonzero(broken) + start).tolist():
-                bad.append(BadRow(row, None, f"its record in /{COMMIT} is damaged or was removed: the row is lost"))
+            broken = ~said & (present | (records != np.zeros((), RECORD)))
+            bad.extend(BadRow(row, None, lost) for row in (np.flatnonzero(broken) + start).tolist())
             for row in (np.flatnonzero(said & present) + start).tolist():
-                if _digest([data[row] for data in self._data]) != self._records["xxh3_64"][row]:
+                if row_digest([data[row] for data in self._data]) != int(self._records[row]["xxh3_64"]):
                     self._verified[row] = False
                     bad.append(BadRow(row, None if names[1:] else names[0], whole))
         return sorted(bad, key=lambda one: one.row)
@@ -242,18 +228,16 @@ class HDF5Store(Store):
     @classmethod
     def _attach(cls, path: Path, lock: FileLock | None, verify: Verify) -> HDF5Store:
         """Check and map the file. Takes over ``lock`` when it returns; the caller keeps it when it raises."""
-        fd = open_regular(path, os.O_RDONLY if lock is None else os.O_RDWR)
-        keep = False
+        fd, may_write = open_regular(path, os.O_RDONLY if lock is None else os.O_RDWR)
         try:
             layout, crc = read_layout(fd, path)
-            keep = lock is not None and _may_write(fd)
-            store = cls(path, layout, crc, fd, lock if keep else None, verify)
+            store = cls(path, layout, crc, fd, lock if may_write else None, verify)
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError) and not isinstance(error, StoreError):
                 raise store_error(error, "map", path) from error
             raise
-        if not keep:
+        if not may_write:
             store._handles.drop_writer()
             if lock is not None:
                 lock.release()
@@ -261,9 +245,9 @@ class HDF5Store(Store):
 
     def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         index = rows.numpy()
-        raw = [_bytes_of(batch[field.name], field) for field in self.spec.fields]
+        raw = [bytes_of(batch[field.name], field) for field in self.spec.fields]
         records = np.zeros(len(index), RECORD)
-        records["xxh3_64"] = [_digest(row) for row in zip(*raw, strict=True)]
+        records["xxh3_64"] = [row_digest(row) for row in zip(*raw, strict=True)]
         records["row_plus_1"] = index + 1
         records["flags"] = COMPLETE
         recorded = self._records["row_plus_1"][index] != 0
@@ -283,7 +267,7 @@ class HDF5Store(Store):
     ) -> None:
         fd = self._handles.fd
         assert fd is not None
-        runs = list(_runs(index))
+        runs = list(stretches(index))
         for start, stop in runs:
             # A row that is rewritten is absent until it is whole again, also to readers that never check.
             if recorded[start:stop].any():
@@ -327,7 +311,7 @@ class HDF5Store(Store):
         suspects = np.flatnonzero(~self._verified[index]) if self._check_mode == "first" else np.arange(len(index))
         expected = self._records["xxh3_64"][index[suspects]].tolist()
         good = [
-            _digest([data[at] for data in raw]) == digest
+            row_digest([data[at] for data in raw]) == digest
             for at, digest in zip(suspects.tolist(), expected, strict=True)
         ]
         bad = np.unique(index[suspects[~np.array(good, dtype=np.bool_)]])
@@ -363,70 +347,6 @@ class _Handles:
             self.mapping.close()
 
 
-@final
-class _Memory(io.RawIOBase):
-    """A sparse file in memory: libhdf5 lays out terabytes here and writes some kilobytes of metadata.
-
-    Letting it write to the disk instead would put it on the path of a full disk, where it dies by a signal.
-    """
-
-    def __init__(self) -> None:
-        self.pages: dict[int, bytearray] = {}
-        self.size = 0
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def truncate(self, size: int | None = None) -> int:
-        self.size = self._position if size is None else size
-        return self.size
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view[:] = self.at(self._position, len(view))
-        self._position += len(view)
-        return len(view)
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        for page, inside, start, size in _page_spans(self._position, len(view)):
-            self.pages.setdefault(page, bytearray(_PAGE_BYTES))[inside : inside + size] = view[start : start + size]
-        self._position += len(view)
-        self.size = max(self.size, self._position)
-        return len(view)
-
-    def at(self, offset: int, size: int) -> bytes:
-        data = bytearray(size)
-        for page, inside, start, part in _page_spans(offset, size):
-            if page in self.pages:
-                data[start : start + part] = self.pages[page][inside : inside + part]
-        return bytes(data)
-
-
-def _page_spans(offset: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(page, offset in the page, offset in the span, bytes) for every page that a span touches."""
-    done = 0
-    while done < size:
-        page, inside = divmod(offset + done, _PAGE_BYTES)
-        part = min(_PAGE_BYTES - inside, size - done)
-        yield page, inside, done, part
-        done += part
-
-
 def _lay_out(
     spec: StoreSpec, fingerprint: Mapping[str, str], attributes: Mapping[str, str]
 ) -> tuple[Layout, list[tuple[int, bytes]]]:
@@ -437,7 +357,7 @@ def _lay_out(
     """
     import h5py  # here only: reading needs no libhdf5, and importing it costs 0.2 s
 
-    memory = _Memory()
+    memory = SparseFile()
     offsets = {}
     with h5py.File(
         memory,
@@ -481,35 +401,8 @@ def _lay_out(
 def _disk_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """What h5py shows: HDF5 has neither bfloat16 nor a bool that every reader knows."""
     name = {torch.bfloat16: "uint16", torch.bool: "uint8"}.get(dtype, DTYPE_NAMES[dtype])
-    return np.dtype(name).newbyteorder("<")
-
-
-def _bytes_of(tensor: Tensor, field: FieldSpec) -> NDArray[Any]:
-    """(n, *shape) on any device -> (n, row_bytes) uint8 on the CPU."""
-    there = tensor.detach().cpu().resolve_neg().contiguous()
-    return there.view(-1).view(torch.uint8).view(len(tensor), field.row_bytes).numpy()
-
-
-def _digest(parts: Sequence[NDArray[Any]]) -> int:
-    """xxh3_64 over the bytes of one row, its fields in header order."""
-    if len(parts) == 1:
-        return xxhash.xxh3_64_intdigest(parts[0])
-    digest = xxhash.xxh3_64()
-    for part in parts:
-        digest.update(part)
-    return digest.intdigest()
-
-
-def _runs(index: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the stretches of ``index`` that count up by one: each is one write."""
-    edges = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
-    return zip(edges[:-1], edges[1:], strict=True)
-
-
-def _may_write(fd: int) -> bool:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    disk: np.dtype[Any] = np.dtype(name).newbyteorder("<")
+    return disk
 
 
 def _reopen(path: str, verify: Verify, crc: int) -> HDF5Store:

@@ -124,7 +124,7 @@ class FileLock:
     def _still_named(self) -> bool:
         assert self.fd is not None
         try:
-            named = os.stat(self.path, follow_symlinks=False)
+            named = self.path.lstat()
         except FileNotFoundError:
             return False
         return os.path.samestat(named, os.fstat(self.fd))

@@ -14,8 +14,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from cachefreeze.errors import StoreSpaceError
-from cachefreeze.stores.base import Store, StoreSpec
+from cachefreeze.errors import StoreSpaceError, UsageError
+from cachefreeze.stores.base import Store, StoreSpec, check_spec
 
 _MEMINFO = Path("/proc/meminfo")
 _PAGE_BYTES = 4096  # the smallest page of any platform that torch runs on, so no page is left out below
@@ -42,6 +42,14 @@ def free_device_bytes(device: torch.device) -> int | None:
     return None
 
 
+def _space_error(spec: StoreSpec, device: torch.device, free_bytes: int | None) -> StoreSpaceError:
+    free = "an unknown number" if free_bytes is None else f"{free_bytes:,}"
+    return StoreSpaceError(
+        f"{spec.rows:,} rows of {spec.row_bytes:,} bytes need {spec.nbytes:,} bytes on {device}, {free} are free: "
+        "use store='hdf5:DIR', a smaller dtype or a later boundary"
+    )
+
+
 class _TensorStore(Store):
     """What host and device share: tensors, gather and scatter.
 
@@ -50,10 +58,11 @@ class _TensorStore(Store):
     """
 
     def __init__(self, spec: StoreSpec, device: torch.device, pin: bool) -> None:
-        super().__init__(spec, device)
+        check_spec(spec)
         free_bytes = free_device_bytes(device)
         if free_bytes is not None and spec.nbytes > free_bytes:
-            raise self._space_error(free_bytes)
+            raise _space_error(spec, device, free_bytes)
+        super().__init__(spec, device)
         self._pin = pin
         try:
             self._data = {
@@ -61,7 +70,7 @@ class _TensorStore(Store):
                 for field in spec.fields
             }
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
-            raise self._space_error(free_bytes) from error
+            raise _space_error(spec, device, free_bytes) from error
         # "cuda" becomes "cuda:0": what is asked for must compare equal to what read() returns
         self.device = self._data[spec.fields[0].name].device
         if device.type == "cpu":
@@ -76,13 +85,6 @@ class _TensorStore(Store):
         # memory would run out in the middle of an epoch, by a signal, instead of here.
         for tensor in self._data.values():
             tensor.view(-1).view(torch.uint8)[::_PAGE_BYTES] = 0
-
-    def _space_error(self, free_bytes: int | None) -> StoreSpaceError:
-        free = "an unknown number" if free_bytes is None else f"{free_bytes:,}"
-        return StoreSpaceError(
-            f"{self.spec.rows:,} rows of {self.spec.row_bytes:,} bytes need {self.spec.nbytes:,} bytes on {self.device}, "
-            f"{free} are free: use store='hdf5:DIR', a smaller dtype or a later boundary"
-        )
 
     def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         index = self._sent(rows)
@@ -125,11 +127,14 @@ class HostStore(_TensorStore):
 
     Raises:
         StoreSpaceError: The rows need more bytes than are free.
+        UsageError: ``pin=True`` without CUDA.
     """
 
     tier = "host"
 
     def __init__(self, spec: StoreSpec, pin: bool | None = None) -> None:
+        if pin and not torch.cuda.is_available():
+            raise UsageError("pin=True needs CUDA, which is not available: leave pin out")
         super().__init__(spec, torch.device("cpu"), torch.cuda.is_available() if pin is None else pin)
 
 

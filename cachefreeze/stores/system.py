@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from cachefreeze.errors import StoreError, StoreSpaceError
 
 _SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_FALLOCATE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 _ZEROS = bytes(1 << 20)
 
@@ -69,7 +69,7 @@ system = System()
 
 def pwrite_all(fd: int, data: bytes | NDArray[Any], offset: int) -> None:
     """Write all of ``data`` at ``offset``, however often the kernel takes only a part of it."""
-    view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    view = memoryview(data) if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     while view:
         try:
             written = system.pwrite(fd, view, offset)
@@ -99,12 +99,16 @@ def free_bytes(folder: Path) -> int:
 
 def space_error(path: Path, needed_bytes: int) -> StoreSpaceError:
     """What to raise when ``path`` does not fit."""
-    free = "an unknown number"
-    with suppress(OSError):
-        free = f"{free_bytes(path.parent):,}"
+    try:
+        free = free_bytes(path.parent)
+    except OSError:
+        free = 0
+    if free < needed_bytes:
+        why = f"{free:,} are free: free some space"
+    else:
+        why = f"{free:,} are free, but a quota or a limit on file sizes forbids it: raise that"
     return StoreSpaceError(
-        f"{path} needs {needed_bytes:,} bytes, {free} are free and the file system, a quota or a limit on file sizes "
-        "does not allow that: free some space, or use another folder, a smaller dtype or a later boundary"
+        f"{path} needs {needed_bytes:,} bytes, {why}, or use another folder, a smaller dtype or a later boundary"
     )
 
 
@@ -119,4 +123,5 @@ def store_error(error: OSError, doing: str, path: Path, needed_bytes: int = 0) -
     """
     if error.errno in _SPACE_ERRORS:
         return space_error(path, needed_bytes)
-    return StoreError(f"cannot {doing} {path}: {error.strerror or error}")
+    fix = "; use a folder and a file that you may write to" if error.errno in _DENIED else ""
+    return StoreError(f"cannot {doing} {path}: {error.strerror or error}{fix}")

@@ -1,0 +1,181 @@
+"""Engine: what a training loop talks to. It splits the model, keeps the cache, and is the only clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cachefreeze.batches import Inputs
+from cachefreeze.errors import StaleCacheError, UsageError
+from cachefreeze.freezing import boundary_of, hold_eval
+from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, check_loader
+from cachefreeze.manager import CacheManager, autocast, forward_arguments, model_device
+from cachefreeze.samples import View
+from cachefreeze.splitting import Parts, split
+from cachefreeze.stores import Store
+from cachefreeze.stores.codec import stored_dtype
+from cachefreeze.tracing import record_usage, trace_usage
+
+
+class Engine:
+    """Trains the unfrozen part of a model from cached activations.
+
+    ::
+
+        cf.freeze(model, train_from="layer4")
+        engine = cf.Engine(model)
+        train = engine.loader(train_loader)
+        for epoch in engine.epochs(10):
+            for x, y in train:
+                loss = loss_fn(engine(x), y)
+
+    Args:
+        model: The user's model, on its device. Freeze it first; ``engine.model`` stays this very object.
+        store: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen
+            model without a cache (the baseline).
+        schedule: None: what is frozen now stays frozen.
+        autocast: Autocast dtype of the prefix. Call the suffix under the same autocast state.
+        dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
+        prefix: ``exact``: rows are bit for bit what the model computes.
+
+    Attributes:
+        model: The user's own model.
+        parts: The verified split; None before the first loader, and while nothing is cached.
+        cache: The CacheManager; None likewise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: str | Store = "auto",
+        *,
+        schedule: None = None,
+        autocast: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        prefix: Literal["exact"] = "exact",
+    ) -> None:
+        if schedule is not None:
+            raise UsageError(f"schedule={schedule!r}: expected None, one constant stage; freeze with cf.freeze(model, …)")
+        if prefix != "exact":
+            raise UsageError(f"prefix={prefix!r}: expected 'exact'")
+        if isinstance(store, str) and store.partition(":")[0] not in ("auto", "device", "host", "hdf5", "off"):
+            raise UsageError(
+                f"store={store!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store"
+            )
+        stored_dtype(torch.float32, dtype)
+        self.model = model
+        self.parts: Parts | None = None
+        self.cache: CacheManager | None = None
+        self.epoch = 0
+        self._store = store
+        self._autocast = autocast
+        self._dtype = dtype
+
+    def loader(
+        self,
+        dataloader: DataLoader[Any],
+        inputs: Inputs = None,
+        name: str | None = None,
+        *,
+        view: Any = None,
+        version: str | None = None,
+        assume_deterministic: bool = False,
+    ) -> CachedLoader | PassingLoader:
+        """Wrap a DataLoader: the same batches in the same order, with rows in place of the model's inputs.
+
+        With nothing frozen, or ``store="off"``, the batches are the loader's own, on the model's device.
+
+        Args:
+            dataloader: Map-style dataset, automatic batching.
+            inputs: Index, key or keys of what the model consumes; default the first element of a tuple, or the
+                dict keys that are arguments of ``forward``.
+            name: Of the store; loaders over the same samples may share one. Default ``train``, then ``val``.
+            view: A deterministic transform or dataset to cache, when the loader's own samples are augmented.
+            version: Any text; rows made under another version are not reused.
+            assume_deterministic: Skip the probe for randomness.
+
+        Raises:
+            LoaderError, FieldError, RandomSampleError, BatchDependentError: The loader cannot be cached.
+            FreezeError, SplitError: The model cannot be cut here.
+            StoreError: The rows cannot be kept where they should be.
+        """
+        check_loader(dataloader)
+        if self._store == "off":
+            return self._uncached(dataloader, view)
+        seen = View.of(
+            dataloader,
+            forward_arguments(self.model),
+            inputs=inputs,
+            view=view,
+            assume_deterministic=assume_deterministic,
+        )
+        if self.cache is None:
+            example = seen.example().to(model_device(self.model))
+            boundary = boundary_of(self.model, record_usage(self.model, example))
+            if boundary is None:
+                return PassingLoader(dataloader, model_device(self.model), "live")
+            with autocast(model_device(self.model), self._autocast):
+                self.parts = split(self.model, example)
+            self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
+        return self.cache.loader_for(dataloader, seen, name, version)
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """Yield the epochs that are left of ``total``, counted from 0: the only clock.
+
+        Before each epoch, frozen modules are put back to eval mode; after it, rows written so far are made durable.
+        """
+        if total < 0:
+            raise UsageError(f"epochs({total}): expected 0 or more")
+        while self.epoch < total:
+            hold_eval(self.model)
+            yield self.epoch
+            self.epoch += 1
+            if self.cache is not None:
+                self.cache.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on at the same epoch."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.epoch = int(state["epoch"])
+
+    def close(self) -> None:
+        """Commit and close all stores."""
+        if self.cache is not None:
+            self.cache.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The suffix on rows, or the whole model on raw inputs.
+
+        Raises:
+            StaleCacheError: The rows were made by another split, or for another autocast state.
+        """
+        rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)
+        if rows is None:
+            return self.model(*args, **kwargs)
+        if self.parts is None or rows.owner is not self.parts:
+            raise StaleCacheError("these rows were made by another engine's split; use the loaders of this engine")
+        ambient = NumericMode.now(rows.tensors[0].device)
+        if rows.mode != ambient:
+            raise StaleCacheError(
+                f"the suffix runs with autocast={ambient.autocast}, its rows were made with autocast="
+                f"{rows.mode.autocast}; make the engine with autocast={ambient.autocast}, or train without"
+            )
+        return self.parts.suffix(*rows.tensors)
+
+    def __repr__(self) -> str:
+        return f"Engine({self.parts!r})" if self.parts is not None else f"Engine({type(self.model).__name__})"
+
+    def _uncached(self, dataloader: DataLoader[Any], view: Any) -> PassingLoader:
+        if view is not None:
+            raise UsageError(
+                "view= says what to cache, and store='off' caches nothing; give the DataLoader the deterministic dataset"
+            )
+        frozen = boundary_of(self.model, trace_usage(self.model)) is not None
+        return PassingLoader(dataloader, model_device(self.model), "frozen" if frozen else "live")

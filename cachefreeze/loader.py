@@ -1,0 +1,339 @@
+"""The batches: the DataLoader's own order, with what the model consumes replaced by rows.
+
+A pass draws from the random states exactly what the DataLoader would have drawn, in the same order. What a
+DataLoader draws, and when, follows torch.utils.data.dataloader: ``_BaseDataLoaderIter.__init__`` makes one
+iterator of the batch sampler and draws a base seed; with workers ``_reset`` makes a second iterator, pulls
+``prefetch_factor * num_workers`` batches, and one more before each yield.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+
+from cachefreeze.errors import LoaderError
+from cachefreeze.samples import is_map_style
+
+Source = Literal["live", "frozen", "fill", "cached"]
+
+
+@dataclass(frozen=True)
+class NumericMode:
+    """The autocast state that rows were made for.
+
+    Attributes:
+        autocast: The autocast dtype, or None when autocast is off.
+    """
+
+    autocast: torch.dtype | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> NumericMode:
+        """The ambient state for a device type."""
+        on = torch.is_autocast_enabled(device.type)
+        return cls(torch.get_autocast_dtype(device.type) if on else None)
+
+
+class Rows:
+    """Boundary activations of one batch: what the trainable part eats in place of raw inputs.
+
+    A pytree; opaque to the training loop, which only hands it to the engine.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], mode: NumericMode, owner: object, batch_dim: int = 0) -> None:
+        self.tensors = tuple(tensors)
+        self.mode = mode
+        self.owner = owner
+        self._batch_dim = batch_dim
+
+    def __len__(self) -> int:
+        return int(self.tensors[0].shape[self._batch_dim])
+
+    def __repr__(self) -> str:
+        return f"Rows({', '.join(f'{tuple(t.shape)} {t.dtype}' for t in self.tensors)})"
+
+    def to(self, *args: Any, **kwargs: Any) -> Rows:
+        """As ``Tensor.to``, for every tensor."""
+        return self._replace([t.to(*args, **kwargs) for t in self.tensors])
+
+    def pin_memory(self) -> Rows:
+        """As ``Tensor.pin_memory``, for every tensor."""
+        return self._replace([t.pin_memory() for t in self.tensors])
+
+    def _replace(self, tensors: Sequence[Tensor]) -> Rows:
+        return Rows(tensors, self.mode, self.owner, self._batch_dim)
+
+
+pytree.register_pytree_node(
+    Rows,
+    lambda rows: (list(rows.tensors), (rows.mode, rows.owner, rows._batch_dim)),
+    lambda tensors, context: Rows(list(tensors), *context),
+)
+
+
+@dataclass
+class PassCounts:
+    """Where the rows of one pass came from, counted as they were handed out.
+
+    Attributes:
+        cached: Read from the store.
+        computed: Computed in this pass.
+        repaired: Computed because the stored row failed its checksum; part of ``computed``.
+        kept: Whether computed rows were written.
+    """
+
+    cached: int = 0
+    computed: int = 0
+    repaired: int = 0
+    kept: bool = True
+
+    def source(self) -> Source:
+        """How the report calls such a pass."""
+        if self.computed == 0:
+            return "cached"
+        return "fill" if self.kept else "frozen"
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Rows that were just computed.
+
+    Attributes:
+        rows: Sample indices, each once.
+        values: Per field of the store, one row per index, as it would be stored.
+    """
+
+    rows: tuple[int, ...]
+    values: dict[str, Tensor]
+
+
+class RowSource(Protocol):
+    """Where a loader's rows come from. The loader needs nothing else of a manager."""
+
+    dataset: Any
+
+    def check(self) -> None:
+        """Raise if stored rows would be stale."""
+        ...
+
+    def absent(self, rows: Sequence[int]) -> list[int]:
+        """Which of ``rows`` are not stored, each once, in order."""
+        ...
+
+    def compute(self, rows: Sequence[int], raw: Any) -> Computed:
+        """Run the prefix over the collated raw batch of ``rows`` and write them where the store can be written."""
+        ...
+
+    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
+        """The user's batch for ``rows``, some of which were just computed."""
+        ...
+
+    def fetch(self, rows: Sequence[int]) -> Any:
+        """The collated raw batch of ``rows``, in this process."""
+        ...
+
+    def collate(self, samples: list[Any]) -> Any:
+        """The user's collate function; an empty list gives None."""
+        ...
+
+
+class LoaderProxy:
+    """What stays of the user's DataLoader on the outside."""
+
+    def __init__(self, dataloader: DataLoader[Any]) -> None:
+        check_loader(dataloader)
+        self.dataloader = dataloader
+        self.counts = PassCounts()
+
+    def __len__(self) -> int:
+        return len(self.dataloader)
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset."""
+        return self.dataloader.dataset
+
+    @property
+    def sampler(self) -> Any:
+        """The user's sampler."""
+        return self.dataloader.sampler
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The user's batch sampler."""
+        return self.dataloader.batch_sampler
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples per batch; None where a batch sampler of the user's own decides."""
+        return self.dataloader.batch_size
+
+    @property
+    def source(self) -> Source:
+        """Where the last pass came from."""
+        return self.counts.source()
+
+
+class PassingLoader(LoaderProxy):
+    """The DataLoader's own raw batches, moved to the model's device: live epochs, and epochs without a cache."""
+
+    def __init__(self, dataloader: DataLoader[Any], device: torch.device, source: Source) -> None:
+        super().__init__(dataloader)
+        self._device = device
+        self._source: Source = source
+
+    @property
+    def source(self) -> Source:
+        """``live`` or ``frozen``."""
+        return self._source
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.dataloader:
+            yield move(batch, self._device)
+
+
+class CachedLoader(LoaderProxy):
+    """Rows instead of raw inputs: written on the first visit of a sample, read afterwards."""
+
+    def __init__(self, dataloader: DataLoader[Any], source: RowSource) -> None:
+        super().__init__(dataloader)
+        self.rows = source
+        self._order = BatchOrder(dataloader)
+        self._settled = False
+
+    def __iter__(self) -> Iterator[Any]:
+        source = self.rows
+        source.check()
+        self.counts = counts = PassCounts()
+        pulled = self._order.begin()
+        # after one whole pass that computed nothing, workers would only wait; a row that fails is fetched here
+        batches: Iterator[_Fetched]
+        if self.dataloader.num_workers and not self._settled:
+            batches = self._with_workers(pulled)
+        else:
+            batches = ((rows, (), None) for rows in self._order.ahead(pulled))
+        for rows, scheduled, raw in batches:
+            computed = [source.compute(scheduled, raw)] if scheduled else []
+            # not scheduled for the workers: this pass has none, or the store keeps nothing that it is given
+            rest = [row for row in source.absent(rows) if row not in scheduled]
+            if rest:
+                computed.append(source.compute(rest, source.fetch(rest)))
+            yield source.batch(rows, counts, computed)
+        self._settled = counts.computed == 0
+
+    def _with_workers(self, pulled: Iterator[Sequence[int]]) -> Iterator[_Fetched]:
+        """Fetch what is absent in worker processes. One batch of theirs per batch of the user's, maybe empty."""
+        feed = _Feed(pulled, self.rows)
+        for raw in worker_loader(self.dataloader, self.rows, feed):
+            rows, scheduled = feed.order.popleft()
+            yield rows, scheduled, raw
+
+
+# rows of the user's batch; those of them that workers fetched; what they fetched
+_Fetched = tuple[Sequence[int], Sequence[int], Any]
+
+
+class BatchOrder:
+    """The index lists of each pass, pulled from the batch sampler as the DataLoader would pull them."""
+
+    def __init__(self, dataloader: DataLoader[Any]) -> None:
+        self._loader = dataloader
+        self._started = False
+
+    def begin(self) -> Iterator[Sequence[int]]:
+        """Make the iterators and the draws with which a DataLoader's pass begins."""
+        loader = self._loader
+        sampler: Any = loader.batch_sampler
+        pulled = None
+        if not (loader.persistent_workers and self._started):
+            pulled = iter(sampler)
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        self._started = True
+        if loader.num_workers or pulled is None:
+            pulled = iter(sampler)
+        return pulled
+
+    def ahead(self, pulled: Iterator[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Hand the lists on, pulling ahead by as many as the workers' queues would hold."""
+        depth = (self._loader.prefetch_factor or 0) * self._loader.num_workers
+        if not depth:
+            yield from pulled
+            return
+        queue = deque(islice(pulled, depth))
+        while queue:
+            rows = queue.popleft()
+            queue.extend(islice(pulled, 1))
+            yield rows
+
+
+class _Feed:
+    """The batch sampler of the worker loader: for each batch of the user's, the rows that are still absent."""
+
+    def __init__(self, pulled: Iterator[Sequence[int]], source: RowSource) -> None:
+        self._pulled = pulled
+        self._source = source
+        self._scheduled: set[int] = set()
+        self.order: deque[tuple[Sequence[int], list[int]]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self._pulled:
+            # what an earlier batch will bring is there before this one is asked for
+            absent = [row for row in self._source.absent(rows) if row not in self._scheduled]
+            self._scheduled.update(absent)
+            self.order.append((rows, absent))
+            yield absent
+
+
+def worker_loader(dataloader: DataLoader[Any], source: RowSource, lists: Any) -> DataLoader[Any]:
+    """A DataLoader like the user's over given index lists, with a private generator so that it draws nothing."""
+    return DataLoader(
+        source.dataset,
+        batch_sampler=lists,
+        num_workers=dataloader.num_workers,
+        collate_fn=source.collate,
+        pin_memory=dataloader.pin_memory,
+        timeout=dataloader.timeout,
+        worker_init_fn=dataloader.worker_init_fn,
+        multiprocessing_context=dataloader.multiprocessing_context,
+        prefetch_factor=dataloader.prefetch_factor,
+        generator=torch.Generator(),
+    )
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """Every tensor of a batch on ``device``; pinned memory is copied without waiting."""
+    return pytree.tree_map(
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
+    )
+
+
+def check_loader(dataloader: Any) -> None:
+    """Refuse loaders whose batches are not lists of sample indices.
+
+    Raises:
+        LoaderError: Says why, and what to use instead.
+    """
+    if isinstance(dataloader, LoaderProxy):
+        raise LoaderError("this loader already comes from an engine; pass the DataLoader it was made of")
+    if not isinstance(dataloader, DataLoader):
+        raise LoaderError(
+            f"expected a torch.utils.data.DataLoader, got {type(dataloader).__name__}: rows belong to samples, so the "
+            "sampler must be known"
+        )
+    if isinstance(dataloader.dataset, IterableDataset) or not is_map_style(dataloader.dataset):
+        raise LoaderError(
+            f"{type(dataloader.dataset).__name__} is an iterable dataset: its samples have no indices, so no row can "
+            "belong to one; use a map-style dataset (__getitem__ and __len__)"
+        )
+    if dataloader.batch_sampler is None:
+        raise LoaderError("batch_size=None turns batching off; give the DataLoader a batch_size or a batch_sampler")
+    if len(dataloader.dataset) == 0:  # type: ignore[arg-type]
+        raise LoaderError("the dataset is empty")

@@ -1,0 +1,402 @@
+"""CacheManager: the stores of one split, one per loader; filling them, reading them, checking them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cachefreeze.batches import Inputs
+from cachefreeze.errors import CorruptRowError, StaleCacheError, UsageError
+from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
+from cachefreeze.isolation import preserved_random_state
+from cachefreeze.loader import CachedLoader, Computed, NumericMode, PassCounts, Rows, check_loader, worker_loader
+from cachefreeze.samples import View
+from cachefreeze.splitting import Parts
+from cachefreeze.stores import BadRow, FieldSpec, HDF5Store, Store, StoreSpec
+from cachefreeze.stores.codec import RowCodec, stored_dtype
+from cachefreeze.stores.opening import Wanted, for_another, open_store
+
+# Stored rows that are recomputed and compared whenever an existing store is opened.
+_RECOMPUTED_ROWS = 4
+# Relative to the largest magnitude: rows of another batch, perhaps another kernel; a wrong row is off by far more.
+_RECOMPUTED_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillReport:
+    """What a fill did: rows and bytes of the whole store, and how many rows were computed for it."""
+
+    rows: int
+    computed_rows: int
+    nbytes: int
+
+
+class CacheManager:
+    """The stores of one split.
+
+    Args:
+        parts: A verified split.
+        store: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5`` or a Store. A file or a Store serves the
+            first loader; further ones get a store of the same kind.
+        autocast: Autocast dtype under which the prefix runs; None runs it without.
+        dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        store: str | Store = "auto",
+        *,
+        autocast: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        self.parts = parts
+        self.mode = NumericMode(autocast)
+        self._where = store
+        self._dtype = dtype
+        self._rows: dict[str, StoredRows] = {}
+        self.device = model_device(parts.model)
+        self.prefix_digest = tensors_digest(state_tensors(parts.prefix))
+
+    def loader(
+        self,
+        dataloader: DataLoader[Any],
+        inputs: Inputs = None,
+        name: str | None = None,
+        *,
+        view: Any = None,
+        version: str | None = None,
+        assume_deterministic: bool = False,
+    ) -> CachedLoader:
+        """Wrap a DataLoader: the same batches in the same order, with rows in place of the model's inputs.
+
+        Args:
+            dataloader: Map-style dataset, automatic batching.
+            inputs: Index, key or keys of what the model consumes; default the first element of a tuple, or the
+                dict keys that are arguments of ``forward``.
+            name: Of the store; loaders over the same samples may share one. Default ``train``, then ``val``.
+            view: Deterministic transform or dataset to cache in place of the loader's own.
+            version: Any text; rows made under another version are not reused.
+            assume_deterministic: Skip the probe for randomness.
+        """
+        check_loader(dataloader)
+        seen = View.of(
+            dataloader, arguments_of(self.parts), inputs=inputs, view=view, assume_deterministic=assume_deterministic
+        )
+        return self.loader_for(dataloader, seen, name, version)
+
+    def loader_for(
+        self, dataloader: DataLoader[Any], view: View, name: str | None = None, version: str | None = None
+    ) -> CachedLoader:
+        """:meth:`loader` for a view that was taken already."""
+        name = name if name is not None else next_name(self._rows)
+        if name in self._rows:
+            held = self._rows[name]
+            if held.view.identity() != view.identity():
+                raise UsageError(f"name={name!r} already holds the rows of other samples; give this loader its own name")
+        else:
+            where = self._where if not self._rows else for_another(self._where)
+            held = StoredRows(self, name, view, where, version or "")
+            self._rows[name] = held
+        return CachedLoader(dataloader, held)
+
+    def fill(
+        self, loader: CachedLoader, progress: Callable[[int], None] | None = None
+    ) -> FillReport:
+        """Compute every absent row of a loader's store, in order, with the loader's batch size and workers.
+
+        Args:
+            loader: From :meth:`loader`.
+            progress: Called with the number of rows of each batch once they are written.
+
+        Returns:
+            Rows, bytes and how many rows were computed.
+        """
+        held = loader.rows
+        if not isinstance(held, StoredRows):
+            raise UsageError("fill() takes a loader of this manager")
+        return held.fill(loader.dataloader, progress)
+
+    def verify(self) -> dict[str, list[BadRow]]:
+        """Check every stored row's checksum: bad rows by loader name."""
+        return {name: held.store.verify() for name, held in self._rows.items()}
+
+    def info(self) -> dict[str, dict[str, Any]]:
+        """Per loader name: tier, rows, rows present, bytes, path of the file if any."""
+        return {
+            name: {
+                "tier": held.store.tier,
+                "rows": held.store.spec.rows,
+                "rows_present": held.store.count,
+                "nbytes": held.store.nbytes,
+                "path": str(held.store.path) if isinstance(held.store, HDF5Store) else None,
+                "writable": held.store.writable,
+            }
+            for name, held in self._rows.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stores when full."""
+        return sum(held.store.nbytes for held in self._rows.values())
+
+    def commit(self) -> None:
+        """Make every row written so far durable, where the tier can."""
+        for held in self._rows.values():
+            if held.store.writable:
+                held.store.commit()
+
+    def close(self) -> None:
+        """Commit and close all stores."""
+        self.commit()
+        for held in self._rows.values():
+            held.store.close()
+        self._rows.clear()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The autocast state in which the prefix runs, whatever the ambient one is."""
+        return autocast(self.device, self.mode.autocast)
+
+
+class StoredRows:
+    """The rows of one loader's samples: how to make them, and the store that keeps them."""
+
+    def __init__(self, manager: CacheManager, name: str, view: View, where: str | Store, version: str) -> None:
+        self.manager = manager
+        self.name = name
+        self.view = view
+        self.dataset = view.dataset
+        parts = manager.parts
+        self.codecs = [
+            RowCodec(
+                name=f"activation.{i}",
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                stored=stored_dtype(tensor.dtype, manager._dtype),
+                batch_dim=tensor.batch_dim,
+                layout=tensor.layout,
+            )
+            for i, tensor in enumerate(parts.boundary.tensors)
+        ]
+        fields = [
+            FieldSpec(name=f"field.{i}", shape=tuple(values.shape[1:]), dtype=values.dtype)
+            for i, (_, values) in enumerate(view.fields())
+        ]
+        self.spec = StoreSpec(rows=len(view), fields=(*(codec.field for codec in self.codecs), *fields))
+        attributes = {
+            "model": type(parts.model).__name__,
+            "boundary": parts.boundary.name,
+            "name": name,
+            **{f"field.{i}": path for i, path in enumerate(view.layout.field_names)},
+        }
+        wanted = Wanted(
+            spec=self.spec,
+            name=name,
+            boundary=parts.boundary.name,
+            fingerprint={**self._numerics(), **view.identity(), "version": version},
+            attributes=attributes,
+            device=manager.device,
+        )
+        self.store = open_store(where, wanted)
+        self._recompute_some()
+
+    # --- the loader's row source ---
+
+    def check(self) -> None:
+        """Raise if stored rows would be stale: a prefix weight or buffer changed, or was thawed."""
+        prefix = self.manager.parts.prefix
+        thawed = [name for name, p in prefix.named_parameters() if p.requires_grad]
+        if thawed:
+            raise StaleCacheError(
+                f"{thawed[0].removeprefix('graph.')} before the boundary {self.manager.parts.boundary.name!r} is "
+                "trainable again, so its cached rows would be stale. Freeze it, or make a new Engine"
+            )
+        if tensors_digest(state_tensors(prefix)) != self.manager.prefix_digest:
+            raise StaleCacheError(
+                f"weights or buffers before the boundary {self.manager.parts.boundary.name!r} changed since the cache "
+                "was opened, so its rows are stale. Load weights before making the Engine; frozen parts must not move"
+            )
+
+    def absent(self, rows: Sequence[int]) -> list[int]:
+        """Which of ``rows`` are not stored, each once, in order."""
+        present = self.store.present(torch.as_tensor(rows, dtype=torch.int64)).tolist()
+        return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
+
+    def fetch(self, rows: Sequence[int]) -> Any:
+        """The collated raw batch of ``rows``."""
+        return self.view.fetch(rows)
+
+    def collate(self, samples: list[Any]) -> Any:
+        """The user's collate function; an empty list gives None."""
+        return self.view.collate_fn(samples) if samples else None
+
+    def compute(self, rows: Sequence[int], raw: Any) -> Computed:
+        """Run the prefix over the collated raw batch of ``rows`` and write them where the store can be written."""
+        computed = self._run_prefix(rows, raw)
+        if self.store.writable:
+            self.store.write(torch.tensor(computed.rows), computed.values)
+        return computed
+
+    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
+        """The user's batch for ``rows``, some of which were just computed."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        repaired: list[Computed] = []
+        while True:
+            try:
+                values = self._gather(index, [*computed, *repaired])
+                break
+            except CorruptRowError as error:
+                bad = list(dict.fromkeys(error.rows))
+                repaired.append(self.compute(bad, self.fetch(bad)))
+        made = sum(len(part.rows) for part in (*computed, *repaired))
+        counts.computed += made
+        counts.cached += len(index) - made
+        counts.repaired += sum(len(part.rows) for part in repaired)
+        counts.kept = self.store.writable
+        return self._assemble(values)
+
+    # --- filling ---
+
+    def fill(self, dataloader: DataLoader[Any], progress: Callable[[int], None] | None) -> FillReport:
+        """Compute every absent row, in order."""
+        self.check()
+        if not self.store.writable:
+            raise UsageError(f"the store of {self.name!r} is being written by another process; let that one fill it")
+        missing = self.absent(range(self.spec.rows))
+        size = dataloader.batch_size or 64
+        lists = [missing[i : i + size] for i in range(0, len(missing), size)]
+        with preserved_random_state():
+            for rows, raw in zip(lists, self._raw_batches(dataloader, lists), strict=True):
+                self.compute(rows, raw)
+                if progress is not None:
+                    progress(len(rows))
+        self.store.commit()
+        return FillReport(rows=self.spec.rows, computed_rows=len(missing), nbytes=self.store.nbytes)
+
+    def _raw_batches(self, dataloader: DataLoader[Any], lists: list[list[int]]) -> Iterator[Any]:
+        return iter(worker_loader(dataloader, self, lists))
+
+    # --- inside ---
+
+    def _numerics(self) -> dict[str, str]:
+        """Fingerprint fields of the prefix and of how it computes."""
+        parts, device = self.manager.parts, self.manager.device
+        tensors = [
+            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
+            for t in parts.boundary.tensors
+        ]
+        return {
+            "torch": torch.__version__,
+            "device": device.type,
+            "autocast": str(self.manager.mode.autocast),
+            "matmul": f"{torch.get_float32_matmul_precision()} tf32 {torch.backends.cudnn.allow_tf32}"
+            if device.type == "cuda"
+            else torch.get_float32_matmul_precision(),
+            "boundary": f"{parts.boundary.name}: {'; '.join(tensors)}",
+            "stored": ", ".join(str(codec.stored).removeprefix("torch.") for codec in self.codecs),
+            "weights": self.manager.prefix_digest,
+            "structure": structure(parts.prefix),
+        }
+
+    def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
+        manager, layout = self.manager, self.view.layout
+        example = layout.example(raw).to(manager.device)
+        if len(rows) == 1:
+            # kernels for a batch of one round differently from those for more: compute it as two
+            example = example.take([0, 0])
+        with torch.no_grad(), manager.autocast():
+            made = example.call(manager.parts.prefix)
+        tensors: tuple[Tensor, ...] = made if isinstance(made, tuple) else (made,)
+        samples = torch.tensor(list(rows))
+        values = {
+            codec.name: codec.encode(tensor.narrow(codec.batch_dim, 0, len(rows)), samples)
+            for codec, tensor in zip(self.codecs, tensors, strict=True)
+        }
+        names = [field.name for field in self.spec.fields[len(self.codecs) :]]
+        values |= dict(zip(names, layout.field_tensors(raw), strict=True))
+        return Computed(tuple(rows), values)
+
+    def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
+        """Rows from the store; where it keeps nothing, computed ones from where they were computed."""
+        if self.store.writable or not computed:
+            return self.store.read(index)
+        place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
+        wanted = index.tolist()
+        stored = [i for i, row in enumerate(wanted) if row not in place]
+        read = self.store.read(index[stored])
+        result = {}
+        for field in self.spec.fields:
+            fresh = torch.empty((len(wanted), *field.shape), dtype=field.dtype, device=self.store.device)
+            fresh[torch.tensor(stored, dtype=torch.int64)] = read[field.name]
+            for i, row in enumerate(wanted):
+                if row in place:
+                    part, position = place[row]
+                    fresh[i] = part.values[field.name][position]
+            result[field.name] = fresh
+        return result
+
+    def _assemble(self, values: dict[str, Tensor]) -> Any:
+        device = self.manager.device
+        sent = [values[field.name].to(device, non_blocking=True) for field in self.spec.fields]
+        count = len(self.codecs)
+        tensors = [codec.decode(rows) for codec, rows in zip(self.codecs, sent[:count], strict=True)]
+        rows = Rows(tensors, self.manager.mode, self.manager.parts, self.codecs[0].batch_dim)
+        return self.view.layout.assemble(rows, sent[count:])
+
+    def _recompute_some(self) -> None:
+        """Recompute a few stored rows and compare: the last check that a reused store is what it claims to be."""
+        present = torch.nonzero(self.store.present(torch.arange(self.spec.rows))).flatten()
+        if not len(present):
+            return
+        chosen = present[torch.linspace(0, len(present) - 1, _RECOMPUTED_ROWS).round().long()].unique()
+        try:
+            stored = self.store.read(chosen)
+        except CorruptRowError:
+            return  # now absent: the loader computes them again and counts them as repaired
+        computed = self._run_prefix(chosen.tolist(), self.fetch(chosen.tolist()))
+        for field in self.spec.fields:
+            a, b = stored[field.name], computed.values[field.name].to(stored[field.name].device)
+            if torch.equal(a, b):
+                continue
+            off = float((a.double() - b.double()).abs().max())
+            largest = float(b.double().abs().max())
+            if not field.dtype.is_floating_point or not off <= _RECOMPUTED_TOLERANCE * max(largest, 1e-6):
+                raise StaleCacheError(
+                    f"the cache of {self.name!r} matches by fingerprint, but {field.name} of samples "
+                    f"{chosen.tolist()} differs from what is computed now (by up to {off:.2g}): the data changed in a "
+                    "way that no fingerprint sees. Remove the file, or pass version= to the loader"
+                )
+
+
+def model_device(model: torch.nn.Module) -> torch.device:
+    """The device of a model's parameters."""
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def arguments_of(parts: Parts) -> list[str]:
+    """Names of the arguments of the model's forward."""
+    return forward_arguments(parts.model)
+
+
+def forward_arguments(model: torch.nn.Module) -> list[str]:
+    """Names of the arguments of a model's forward."""
+    return list(inspect.signature(model.forward).parameters)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to ``dtype``, or none at all, whatever the ambient state is."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def next_name(taken: Any) -> str:
+    """``train``, ``val``, then ``data3``, …: names of loaders that were given none."""
+    names = ["train", "val", *(f"data{i}" for i in range(3, len(taken) + 4))]
+    return next(name for name in names if name not in taken)

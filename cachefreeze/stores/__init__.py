@@ -1,0 +1,9 @@
+"""Where rows live: one contract, three tiers."""
+
+from __future__ import annotations
+
+from cachefreeze.stores.base import BadRow, FieldSpec, Store, StoreSpec
+from cachefreeze.stores.hdf5 import HDF5Store, Header, read_header
+from cachefreeze.stores.memory import DeviceStore, HostStore
+
+__all__ = ["BadRow", "DeviceStore", "FieldSpec", "HDF5Store", "Header", "HostStore", "Store", "StoreSpec", "read_header"]

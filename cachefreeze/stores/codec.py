@@ -1,0 +1,99 @@
+"""Between a boundary tensor and the row that is stored: order of dimensions, and the dtype on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from cachefreeze.errors import RowValueError, UsageError
+from cachefreeze.stores.base import FieldSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCodec:
+    """One tensor's way into the store and back.
+
+    Attributes:
+        name: Of the field that holds it.
+        shape: Of one sample in the tensor that the suffix takes, without the batch dimension.
+        dtype: Of the tensor that the suffix takes.
+        stored: As kept; the same dtype is lossless.
+        batch_dim: Where the batch dimension is in the tensor.
+        layout: Dimensions of the batched tensor from slowest to fastest in memory.
+
+    Shapes:
+        tensor: ``shape`` with the batch at ``batch_dim`` <-> rows: (batch, *field.shape), contiguous.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: torch.dtype
+    batch_dim: int = 0
+    layout: tuple[int, ...] = ()
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """The tensor's dimensions as stored: the batch first, the rest as they lie in memory."""
+        layout = self.layout or tuple(range(len(self.shape) + 1))
+        return (self.batch_dim, *(d for d in layout if d != self.batch_dim))
+
+    @property
+    def field(self) -> FieldSpec:
+        """The field of the store that holds these rows."""
+        sizes = list(self.shape)
+        sizes.insert(self.batch_dim, 0)
+        return FieldSpec(name=self.name, shape=tuple(sizes[d] for d in self._order[1:]), dtype=self.stored)
+
+    def encode(self, tensor: Tensor, samples: Tensor) -> Tensor:
+        """Tensor -> rows.
+
+        Raises:
+            RowValueError: A value overflows the stored dtype; names the sample.
+        """
+        rows = tensor.detach().permute(self._order)
+        if self.stored != self.dtype:
+            narrowed = rows.to(self.stored)
+            self._check_overflow(rows, narrowed, samples)
+            rows = narrowed
+        return rows.contiguous()
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Rows -> tensor, in the memory format in which the prefix makes it."""
+        order = self._order
+        inverse = [order.index(d) for d in range(len(order))]
+        return rows.to(self.dtype).permute(inverse)
+
+    def _check_overflow(self, rows: Tensor, narrowed: Tensor, samples: Tensor) -> None:
+        lost = rows.isfinite() & ~narrowed.isfinite()
+        if not bool(lost.any()):
+            return
+        per_row = lost.reshape(len(rows), prod(lost.shape[1:])).any(dim=1)
+        sample = int(samples[per_row.to(samples.device)][0])
+        largest = float(rows.abs().max())
+        raise RowValueError(
+            f"sample {sample} has an activation of magnitude {largest:.3g}, beyond what {self.stored} holds; keep rows "
+            "in bfloat16 or float32"
+        )
+
+
+def stored_dtype(dtype: torch.dtype, wanted: str | torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor is kept: only floating tensors are narrowed, and never widened.
+
+    Raises:
+        UsageError: ``wanted`` is no dtype that rows can be kept in.
+    """
+    if wanted is None or wanted == "auto":
+        return dtype
+    if isinstance(wanted, str):
+        if wanted not in DTYPES:
+            raise UsageError(f"dtype={wanted!r}: expected one of auto, {', '.join(DTYPES)}")
+        wanted = DTYPES[wanted]
+    if wanted not in DTYPES.values():
+        raise UsageError(f"dtype={wanted}: expected one of auto, {', '.join(DTYPES)}")
+    return wanted if dtype.is_floating_point and wanted.itemsize < dtype.itemsize else dtype

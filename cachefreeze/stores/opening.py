@@ -1,0 +1,180 @@
+"""Which store holds a loader's rows: chosen by name, reused when its fingerprint matches."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachefreeze.errors import CacheFreezeError, StaleCacheError, StoreError, StoreSpaceError, UsageError
+from cachefreeze.fingerprint import difference, identity
+from cachefreeze.stores.base import Store, StoreSpec
+from cachefreeze.stores.hdf5 import HDF5Store
+from cachefreeze.stores.file import read_header
+from cachefreeze.stores.memory import DeviceStore, HostStore, free_device_bytes, free_host_bytes
+
+_LOG = logging.getLogger("cachefreeze")
+
+# Shares of what is free that ``auto`` takes: a training step still needs its own memory, and its peak is not
+# known before the first one.
+_DEVICE_SHARE = 0.25
+_HOST_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A store that is asked for.
+
+    Attributes:
+        spec: Rows and fields.
+        name: Of the loader: ``train``, ``val``.
+        boundary: The boundary's name.
+        fingerprint: What must be equal for rows to be reused.
+        attributes: Readable facts for ``cachefreeze info``.
+        device: Where the suffix runs.
+    """
+
+    spec: StoreSpec
+    name: str
+    boundary: str
+    fingerprint: Mapping[str, str]
+    attributes: Mapping[str, str]
+    device: torch.device
+
+    @property
+    def file_stem(self) -> str:
+        """``<name>-<boundary>``, in characters that every file system takes."""
+        return f"{_plain(self.name)}-{_plain(self.boundary)}"
+
+
+def open_store(where: str | Store, wanted: Wanted) -> Store:
+    """Open or create a store.
+
+    Args:
+        where: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5``, or a store that is there already.
+        wanted: What it must hold.
+
+    Raises:
+        UsageError: ``where`` names no tier.
+        StoreSpaceError: The rows do not fit.
+        StaleCacheError: A file that was named, or a store that was handed over, holds other rows.
+    """
+    if isinstance(where, Store):
+        if where.spec != wanted.spec:
+            raise StaleCacheError(
+                f"the store given for {wanted.name!r} holds {_shape(where.spec)}, needed are {_shape(wanted.spec)}"
+            )
+        return where
+    tier, _, place = where.partition(":")
+    if tier == "auto" and not place:
+        tier = _fastest(wanted)
+    if tier == "device" and not place:
+        return DeviceStore(wanted.spec, wanted.device)
+    if tier == "host" and not place:
+        return HostStore(wanted.spec)
+    if tier == "hdf5" and place:
+        return _open_file(Path(place).expanduser(), wanted)
+    raise UsageError(
+        f"store={where!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store"
+        + (" (give the folder: 'hdf5:DIR')" if tier == "hdf5" else "")
+    )
+
+
+def for_another(where: str | Store) -> str:
+    """The same kind of store, for a loader that a single store cannot also serve."""
+    if isinstance(where, HDF5Store):
+        return f"hdf5:{where.path.parent}"
+    if isinstance(where, Store):
+        return where.tier
+    tier, _, place = where.partition(":")
+    if tier == "hdf5" and _names_a_file(Path(place).expanduser()):
+        return f"hdf5:{Path(place).expanduser().parent}"
+    return where
+
+
+def _fastest(wanted: Wanted) -> str:
+    needed_bytes = wanted.spec.nbytes
+    if wanted.device.type != "cpu":
+        free_bytes = free_device_bytes(wanted.device)
+        if free_bytes is not None and needed_bytes <= _DEVICE_SHARE * free_bytes:
+            return "device"
+    free_bytes = free_host_bytes()
+    if free_bytes is None or needed_bytes <= _HOST_SHARE * free_bytes:
+        return "host"
+    raise StoreSpaceError(
+        f"{wanted.spec.rows:,} rows of {wanted.spec.row_bytes:,} bytes need {needed_bytes:,} bytes; store='auto' takes "
+        f"half of the {free_bytes:,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
+    )
+
+
+def _open_file(place: Path, wanted: Wanted) -> Store:
+    if _names_a_file(place):
+        return _named_file(place, wanted)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the cache folder {place}: {error.strerror}; give another one") from error
+    path = place / f"{wanted.file_stem}-{identity(wanted.fingerprint)}.h5"
+    if path.exists():
+        return _matching(HDF5Store.open(path), wanted)
+    _explain_miss(place, wanted)
+    return _create(path, wanted)
+
+
+def _named_file(path: Path, wanted: Wanted) -> Store:
+    if not path.exists():
+        return _create(path, wanted)
+    return _matching(HDF5Store.open(path), wanted)
+
+
+def _matching(store: HDF5Store, wanted: Wanted) -> Store:
+    differing = difference(store.fingerprint, wanted.fingerprint)
+    if differing or store.spec != wanted.spec:
+        path = store.path
+        store.close()
+        shown = "; ".join(differing) or f"{_shape(store.spec)} -> {_shape(wanted.spec)}"
+        raise StaleCacheError(f"{path} was made for something else ({shown}); name another file, or a folder")
+    return store
+
+
+def _create(path: Path, wanted: Wanted) -> Store:
+    try:
+        return HDF5Store.create(
+            path, wanted.spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes
+        )
+    except StoreSpaceError:
+        raise
+    except StoreError:
+        if path.exists():  # another process made it in the meantime
+            return _matching(HDF5Store.open(path), wanted)
+        raise
+
+
+def _explain_miss(folder: Path, wanted: Wanted) -> None:
+    """Say why the newest cache of the same name and boundary is not reused."""
+    older = sorted(folder.glob(f"{wanted.file_stem}-????????????.h5"), key=lambda p: p.stat().st_mtime)
+    if not older:
+        return
+    newest = older[-1]
+    with suppress(CacheFreezeError):
+        lines = difference(read_header(newest).fingerprint, wanted.fingerprint)
+        _LOG.warning("%s is not reused, these differ: %s; filling a new file", newest.name, "; ".join(lines))
+
+
+def _names_a_file(place: Path) -> bool:
+    return place.suffix == ".h5" or place.is_file()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", text) or "_"
+
+
+def _shape(spec: StoreSpec) -> str:
+    fields: list[Any] = [f"{tuple(f.shape)} {str(f.dtype).removeprefix('torch.')}" for f in spec.fields]
+    return f"{spec.rows:,} rows of {', '.join(fields)}"

@@ -1,0 +1,348 @@
+"""The conformance suite of stores: subclass :class:`StoreTests`, say how a store is made, run pytest.
+
+Example:
+    >>> class TestMyStore(StoreTests):
+    ...     @pytest.fixture
+    ...     def make(self):
+    ...         return MyStore
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from cachefreeze.errors import StoreError
+from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
+
+Make = Callable[[StoreSpec], Store]
+
+ROWS = 12
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+
+
+def one_field(shape: tuple[int, ...] = (2, 3), dtype: torch.dtype = torch.float32, rows: int = ROWS) -> StoreSpec:
+    """A spec with a single field ``activation.0``."""
+    return StoreSpec(rows=rows, fields=(FieldSpec(name="activation.0", shape=shape, dtype=dtype),))
+
+
+def every_dtype(rows: int = ROWS) -> StoreSpec:
+    """A spec with one field per dtype, of rank 0, 1 and 2 in turn; rows are of no aligned size."""
+    shapes = ((), (3,), (2, 5))
+    return StoreSpec(
+        rows=rows,
+        fields=tuple(
+            FieldSpec(name=f"field.{at}", shape=shapes[at % 3], dtype=dtype) for at, dtype in enumerate(DTYPES)
+        ),
+    )
+
+
+def values(spec: StoreSpec, rows: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """What tests write into ``rows``: depends on row, field and seed, so that no mix-up goes unseen."""
+    batch = {}
+    for at, field in enumerate(spec.fields):
+        whole = torch.empty((spec.rows, *field.shape), dtype=torch.float64)
+        whole.uniform_(-100, 100, generator=torch.Generator().manual_seed(1000 * seed + at))
+        if field.dtype == torch.bool:
+            batch[field.name] = (whole > 0)[rows]
+        elif field.dtype == torch.uint8:
+            batch[field.name] = whole.abs().to(torch.uint8)[rows]
+        else:
+            batch[field.name] = whole.to(field.dtype)[rows]
+    return batch
+
+
+def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names, shapes, dtypes and bits."""
+    assert got.keys() == expected.keys()
+    for name, want in expected.items():
+        have = got[name].cpu()
+        assert have.dtype == want.dtype, name
+        assert have.shape == want.shape, name
+        # bits and not values: a NaN must come back as the NaN it was
+        assert torch.equal(_bits(have), _bits(want)), name
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def rows_of(*rows: int) -> Tensor:
+    """Row indices as stores take them."""
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+class StoreTests:
+    """What every store promises. The fixture ``make`` turns a spec into a new, empty, writable store."""
+
+    @pytest.fixture
+    def make(self) -> Make:
+        """Override: how a store is made."""
+        raise NotImplementedError("override the fixture 'make'")
+
+    def filled(self, make: Make, spec: StoreSpec) -> Store:
+        """A store with every row written."""
+        store = make(spec)
+        everything = torch.arange(spec.rows)
+        store.write(everything, values(spec, everything))
+        return store
+
+    def test_new_store_is_empty(self, make: Make) -> None:
+        """A new store has room for its rows and none of them."""
+        spec = one_field()
+        store = make(spec)
+        assert store.spec == spec
+        assert store.count == 0
+        assert store.writable
+        assert store.nbytes == ROWS * 24
+        assert store.tier in ("device", "host", "hdf5")
+        assert not store.present(torch.arange(ROWS)).any()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 5)], ids=str)
+    def test_every_dtype_and_shape(self, make: Make, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Rows of any dtype and rank, scalars included, come back bit for bit."""
+        spec = one_field(shape, dtype)
+        store = self.filled(make, spec)
+        rows = rows_of(5, 0, 11)
+        assert_same(store.read(rows), values(spec, rows))
+
+    def test_many_fields(self, make: Make) -> None:
+        """Fields of different dtypes do not touch each other."""
+        spec = every_dtype()
+        store = self.filled(make, spec)
+        assert_same(store.read(torch.arange(ROWS)), values(spec, torch.arange(ROWS)))
+        assert store.nbytes == spec.nbytes
+
+    def test_special_values(self, make: Make) -> None:
+        """NaN, infinities and negative zero are bits like any other."""
+        store = make(one_field((4,), torch.float32))
+        batch = {"activation.0": torch.tensor([[float("nan"), float("inf"), -float("inf"), -0.0]])}
+        store.write(rows_of(3), batch)
+        assert_same(store.read(rows_of(3)), batch)
+
+    def test_order_and_duplicates(self, make: Make) -> None:
+        """A batch has the order asked for, and a row as often as asked for."""
+        spec = one_field()
+        store = self.filled(make, spec)
+        rows = rows_of(7, 2, 7, 0, 11, 2)
+        assert_same(store.read(rows), values(spec, rows))
+
+    def test_write_order(self, make: Make) -> None:
+        """Rows may be written in any order, runs and jumps mixed."""
+        spec = every_dtype()
+        store = make(spec)
+        rows = rows_of(9, 10, 11, 0, 5, 4, 1, 2, 3)
+        store.write(rows, values(spec, rows))
+        assert store.count == len(rows)
+        assert_same(store.read(rows.sort().values), values(spec, rows.sort().values))
+        assert store.present(rows_of(6, 7, 8, 9)).tolist() == [False, False, False, True]
+
+    def test_reads_are_fresh(self, make: Make) -> None:
+        """Writing into a batch, as an in-place layer does, harms neither the store nor another batch."""
+        spec = one_field()
+        store = self.filled(make, spec)
+        rows = torch.arange(ROWS)
+        first, second = store.read(rows), store.read(rows)
+        first["activation.0"].zero_()
+        assert_same(second, values(spec, rows))
+        assert_same(store.read(rows), values(spec, rows))
+
+    def test_writes_are_copied(self, make: Make) -> None:
+        """The caller may reuse the tensors that it wrote, and the row indices."""
+        spec = one_field()
+        store = make(spec)
+        rows = torch.arange(ROWS)
+        batch = values(spec, rows)
+        store.write(rows, batch)
+        batch["activation.0"].zero_()
+        assert_same(store.read(rows), values(spec, rows))
+        rows.zero_()
+        assert store.count == ROWS
+
+    def test_batches_need_no_gradient(self, make: Make) -> None:
+        """Writing a tensor that requires grad stores its values; what is read carries no graph."""
+        store = make(one_field((2,)))
+        store.write(rows_of(1), {"activation.0": torch.ones(1, 2, requires_grad=True) * 3})
+        got = store.read(rows_of(1))["activation.0"]
+        assert not got.requires_grad
+        assert got.tolist() == [[3.0, 3.0]]
+
+    def test_odd_strides(self, make: Make) -> None:
+        """Transposed and expanded tensors, and strided row indices, are written by value."""
+        store = make(one_field((2, 3)))
+        batch = torch.arange(12.0).reshape(2, 3, 2).transpose(1, 2)
+        store.write(rows_of(4, 0, 6, 0)[::2], {"activation.0": batch})
+        assert torch.equal(store.read(rows_of(4, 6))["activation.0"].cpu(), batch)
+        store.write(rows_of(8, 9), {"activation.0": torch.ones(1, 1, 1).expand(2, 2, 3)})
+        assert torch.equal(store.read(rows_of(9))["activation.0"].cpu(), torch.ones(1, 2, 3))
+
+    def test_empty_index(self, make: Make) -> None:
+        """No rows are a batch of no rows, not an error."""
+        spec = every_dtype()
+        store = make(spec)
+        none = rows_of()
+        store.write(none, values(spec, none))
+        assert store.count == 0
+        assert_same(store.read(none), values(spec, none))
+        assert store.present(none).shape == (0,)
+        store.forget(none)
+
+    def test_absent_row(self, make: Make) -> None:
+        """A row that was never written cannot be read, not even among others that were."""
+        spec = one_field()
+        store = make(spec)
+        store.write(rows_of(1, 2), values(spec, rows_of(1, 2)))
+        assert store.present(rows_of(0, 1, 2, 3)).tolist() == [False, True, True, False]
+        with pytest.raises(StoreError, match="row 3 is absent"):
+            store.read(rows_of(1, 3))
+
+    def test_forget(self, make: Make) -> None:
+        """A forgotten row is absent until it is written again."""
+        spec = one_field()
+        store = self.filled(make, spec)
+        store.forget(rows_of(4, 4))
+        assert store.count == ROWS - 1
+        assert not store.present(rows_of(4)).any()
+        with pytest.raises(StoreError, match="absent"):
+            store.read(rows_of(4))
+        store.write(rows_of(4), values(spec, rows_of(4), seed=1))
+        assert_same(store.read(rows_of(4)), values(spec, rows_of(4), seed=1))
+        assert_same(store.read(rows_of(3, 5)), values(spec, rows_of(3, 5)))
+
+    def test_overwrite(self, make: Make) -> None:
+        """Writing a present row replaces it and no other."""
+        spec = every_dtype()
+        store = self.filled(make, spec)
+        store.write(rows_of(6), values(spec, rows_of(6), seed=2))
+        assert_same(store.read(rows_of(6)), values(spec, rows_of(6), seed=2))
+        assert_same(store.read(rows_of(5, 7)), values(spec, rows_of(5, 7)))
+        assert store.count == ROWS
+
+    def test_present_is_a_copy(self, make: Make) -> None:
+        """What present() returns is the caller's."""
+        store = make(one_field())
+        store.present(torch.arange(ROWS)).fill_(True)
+        assert store.count == 0
+
+    @pytest.mark.parametrize(
+        ("batch", "message"),
+        [
+            ({"activation.0": torch.zeros(2, 2, 4)}, "expected"),
+            ({"activation.0": torch.zeros(1, 2, 3)}, "expected"),
+            ({"activation.0": torch.zeros(2, 6)}, "expected"),
+            ({"activation.0": torch.zeros(2, 2, 3, dtype=torch.float64)}, "float64"),
+            ({"activation.1": torch.zeros(2, 2, 3)}, "fields"),
+            ({"activation.0": torch.zeros(2, 2, 3), "more": torch.zeros(2)}, "fields"),
+            ({}, "fields"),
+        ],
+    )
+    def test_batch_must_fit(self, make: Make, batch: dict[str, Tensor], message: str) -> None:
+        """A batch of another shape, dtype or set of fields is refused and changes nothing."""
+        store = make(one_field())
+        with pytest.raises(StoreError, match=message):
+            store.write(rows_of(0, 1), batch)
+        assert store.count == 0
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            torch.tensor([-1]),
+            torch.tensor([ROWS]),
+            torch.tensor([0, 2**40]),
+            torch.tensor([0], dtype=torch.int32),
+            torch.tensor([0.0]),
+            torch.tensor([True]),
+            torch.tensor(0),
+            torch.tensor([[0]]),
+        ],
+        ids=str,
+    )
+    def test_rows_must_fit(self, make: Make, rows: Tensor) -> None:
+        """Indices of another range, dtype or rank are refused by every method that takes them."""
+        spec = one_field()
+        store = self.filled(make, spec)
+        for call in (store.read, store.present, store.forget):
+            with pytest.raises(StoreError, match="rows must"):
+                call(rows)
+        with pytest.raises(StoreError, match="rows must"):
+            store.write(rows, values(spec, rows_of(0)))
+        assert store.count == ROWS
+
+    def test_row_twice_in_a_write(self, make: Make) -> None:
+        """Two values for one row are refused: which one would count?"""
+        store = make(one_field())
+        with pytest.raises(StoreError, match="twice"):
+            store.write(rows_of(1, 1), {"activation.0": torch.zeros(2, 2, 3)})
+        assert store.count == 0
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            one_field(rows=0),
+            one_field(shape=(3, 0)),
+            StoreSpec(rows=3, fields=()),
+            StoreSpec(rows=3, fields=one_field().fields * 2),
+        ],
+        ids=["no rows", "no bytes", "no fields", "a name twice"],
+    )
+    def test_spec_must_make_sense(self, make: Make, spec: StoreSpec) -> None:
+        """A spec that holds nothing, or one name twice, is refused by name."""
+        with pytest.raises(StoreError, match=r"rows=0|no bytes|at least one field|name of its own"):
+            make(spec)
+
+    def test_commit_and_verify(self, make: Make) -> None:
+        """An undamaged store has no bad rows, before and after a commit."""
+        store = self.filled(make, every_dtype())
+        assert store.verify() == []
+        store.commit()
+        assert store.verify() == []
+
+    def test_read_only(self, make: Make) -> None:
+        """A store that is not writable is read and not written."""
+        spec = one_field()
+        store = self.filled(make, spec)
+        store.writable = False
+        with pytest.raises(StoreError, match="read-only"):
+            store.write(rows_of(0), values(spec, rows_of(0), seed=1))
+        assert_same(store.read(rows_of(0)), values(spec, rows_of(0)))
+
+    def test_closed(self, make: Make) -> None:
+        """A closed store refuses every call, says so, and may be closed again; its batches live on."""
+        spec = one_field()
+        store = self.filled(make, spec)
+        batch = store.read(rows_of(2))
+        store.close()
+        store.close()
+        for call in (
+            lambda: store.read(rows_of(2)),
+            lambda: store.write(rows_of(2), values(spec, rows_of(2))),
+            lambda: store.present(rows_of(2)),
+            lambda: store.forget(rows_of(2)),
+            store.commit,
+            store.verify,
+        ):
+            with pytest.raises(StoreError, match="closed"):
+                call()
+        assert_same(batch, values(spec, rows_of(2)))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    def test_batch_from_another_device(self, make: Make) -> None:
+        """A batch may lie on another device than the store."""
+        spec = every_dtype()
+        store = make(spec)
+        rows = torch.arange(ROWS)
+        store.write(rows, {name: tensor.cuda() for name, tensor in values(spec, rows).items()})
+        assert_same(store.read(rows), values(spec, rows))
+        pinned = {name: tensor.pin_memory() for name, tensor in values(spec, rows, seed=1).items()}
+        store.write(rows, pinned)
+        for tensor in pinned.values():
+            tensor.zero_()
+        assert_same(store.read(rows), values(spec, rows, seed=1))

@@ -1,0 +1,874 @@
+"""The file format and its promises: plain HDF5, no wrong row after any kill or flip, no leftovers, no second writer."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+import tempfile
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from cachefreeze.errors import (
+    CacheFreezeError,
+    CorruptRowError,
+    CorruptStoreError,
+    StoreError,
+    StoreSpaceError,
+    UsageError,
+)
+from cachefreeze.stores import hdf5
+from cachefreeze.stores.base import FieldSpec, StoreSpec
+from cachefreeze.stores.creation import lock_path, sweep
+from cachefreeze.stores.file import open_regular, read_layout
+from cachefreeze.stores.hdf5 import HDF5Store, read_header
+from cachefreeze.stores.header import HEADER_BYTES
+from cachefreeze.stores.locks import FileLock
+from cachefreeze.stores.system import System, system
+from cachefreeze.testing.stores import ROWS, assert_same, every_dtype, one_field, rows_of, values
+
+# Python 3.12 warns of fork in a process with threads. The children here run no torch kernel that uses them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+EVERY = torch.arange(ROWS)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "rows.h5"
+
+
+def create(path, spec=None, **attributes):
+    return HDF5Store.create(path, spec or every_dtype(), fingerprint={"weights": "abc"}, attributes=attributes)
+
+
+def fill(path, spec=None):
+    """A closed file with every row written; returns its layout."""
+    store = create(path, spec)
+    store.write(EVERY, values(store.spec, EVERY))
+    store.close()
+    return layout_of(path)
+
+
+def layout_of(path):
+    fd, _ = open_regular(path, os.O_RDONLY)
+    try:
+        return read_layout(fd, path)[0]
+    finally:
+        os.close(fd)
+
+
+def flip(path, offset, bit=0):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def in_child(work):
+    """Run ``work`` in a forked child and return its exit status: 0 when it returned, 1 when it raised."""
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def start_and_kill(work, seconds):
+    """Run ``work(ready)`` in a child, kill -9 it ``seconds`` after it called ``ready()``."""
+    receiver, sender = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            work(lambda: os.write(sender, b"."))
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(sender)
+    assert os.read(receiver, 1) == b"."
+    os.close(receiver)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+class TestFormat:
+    def test_plain_h5py_reads_it(self, path):
+        """Anyone with h5py sees the values under the fields' names."""
+        spec = every_dtype()
+        fill(path)
+        with h5py.File(path) as file:
+            assert set(file) == {"commit", *(field.name for field in spec.fields)}
+            for field in spec.fields:
+                want, dataset = values(spec, EVERY)[field.name], file[field.name]
+                assert dataset.attrs["cachefreeze"] == str(field.dtype).removeprefix("torch.")
+                if field.dtype in (torch.bfloat16, torch.bool):
+                    want = want.view(torch.uint16 if field.dtype == torch.bfloat16 else torch.uint8)
+                assert dataset.dtype.byteorder in "<=|"
+                np.testing.assert_array_equal(dataset[()], want.numpy())
+            assert file["commit"]["row_plus_1"].tolist() == list(range(1, ROWS + 1))
+
+    def test_layout(self, path):
+        """Contiguous, aligned, at the offsets that the header names; the format's bytes are where the docs say."""
+        layout = fill(path)
+        with h5py.File(path) as file:
+            assert file.userblock_size == HEADER_BYTES
+            for name, offset in {**layout.offsets, "commit": layout.commit_offset}.items():
+                assert file[name].chunks is None
+                assert file[name].id.get_offset() == offset
+                assert offset % 4096 == 0
+        block = path.read_bytes()[:HEADER_BYTES]
+        magic, version, length = struct.unpack_from("<8sII", block)
+        assert (magic, version) == (b"\x89CFRZ\r\n\x1a", 1)
+        assert json.loads(block[16 : 16 + length])["fingerprint"] == {"weights": "abc"}
+        assert struct.unpack_from("<I", block, 65532) == (zlib.crc32(block[:65532]),)
+        assert path.stat().st_size == layout.file_bytes
+        assert path.stat().st_blocks * 512 >= layout.spec.nbytes
+
+    def test_older_libraries_read_it(self, path):
+        """Nothing in the file needs more than HDF5 1.10; its metadata carries checksums."""
+        fill(path)
+        raw = path.read_bytes()
+        assert raw[HEADER_BYTES + 8] == 3  # superblock version
+        with h5py.File(path, libver=("earliest", "v110")) as file:
+            assert file["field.0"].shape == (ROWS,)
+
+    def test_header_for_info(self, path):
+        """Info shows everything without mapping the file."""
+        store = create(path, model="resnet18", boundary="layer4")
+        store.write(rows_of(3, 4), values(store.spec, rows_of(3, 4)))
+        header = read_header(path)
+        assert (header.rows, header.count, header.fields) == (ROWS, 2, store.spec.fields)
+        assert header.fingerprint == store.fingerprint == {"weights": "abc"}
+        assert header.attributes == store.attributes == {"model": "resnet18", "boundary": "layer4"}
+        assert header.nbytes == path.stat().st_size
+        assert abs(header.created.timestamp() - time.time()) < 60
+        assert store.path == path
+
+    def test_only_the_owner_reads_it(self, path):
+        """Activations reveal inputs: 0600 for the file and its lock."""
+        store = create(path)
+        assert [p.stat().st_mode & 0o777 for p in (path, lock_path(path))] == [0o600, 0o600]
+        store.close()
+
+    def test_many_fields_fit(self, path):
+        """As many fields as the format allows can be made and opened."""
+        spec = StoreSpec(
+            rows=2, fields=tuple(FieldSpec(name=f"f{at}", shape=(), dtype=torch.uint8) for at in range(256))
+        )
+        store = create(path, spec)
+        store.write(rows_of(1), values(spec, rows_of(1)))
+        store.close()
+        assert_same(HDF5Store.open(path).read(rows_of(1)), values(spec, rows_of(1)))
+
+    @pytest.mark.parametrize(
+        ("name", "dtype", "message"),
+        [
+            ("commit", torch.float32, "field name"),
+            ("a/b", torch.float32, "field name"),
+            ("../x", torch.float32, "field name"),
+            ("", torch.float32, "field name"),
+            (".", torch.float32, "field name"),
+            ("a\n", torch.float32, "field name"),
+            ("ok", torch.complex64, "complex64"),
+        ],
+    )
+    def test_refused_fields(self, path, name, dtype, message):
+        """What the format cannot hold is named, and no file is made."""
+        with pytest.raises(StoreError, match=message):
+            create(path, StoreSpec(rows=2, fields=(FieldSpec(name=name, shape=(2,), dtype=dtype),)))
+        assert not list(path.parent.iterdir())
+
+    def test_refused_strings(self, path):
+        """Fingerprints and attributes that do not fit, or are no text, are named."""
+        with pytest.raises(StoreError, match="header of"):
+            HDF5Store.create(path, one_field(), fingerprint={"code": "x" * 70_000})
+        with pytest.raises(StoreError, match="fingerprint must map strings"):
+            HDF5Store.create(path, one_field(), fingerprint={"n": 3})
+        with pytest.raises(StoreError, match="attributes must map strings"):
+            create(path, one_field(), bad="\ud800")
+        assert not list(path.parent.iterdir())
+
+
+class TestReopen:
+    def test_rows_survive(self, path):
+        """What was written is there after a reopen; what was not is absent."""
+        store = create(path)
+        store.write(rows_of(1, 2, 9), values(store.spec, rows_of(1, 2, 9)))
+        store.close()
+        store = HDF5Store.open(path)
+        assert store.writable
+        assert torch.equal(store.present(EVERY).nonzero()[:, 0], rows_of(1, 2, 9))
+        assert_same(store.read(rows_of(9, 1)), values(store.spec, rows_of(9, 1)))
+        store.write(rows_of(0), values(store.spec, rows_of(0)))
+        assert_same(store.read(rows_of(0, 2)), values(store.spec, rows_of(0, 2)))
+
+    def test_reading_calls_no_libhdf5(self, path, monkeypatch):
+        """Opening and reading somebody else's file never reaches libhdf5's parser."""
+        fill(path)
+        monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+        store = HDF5Store.open(path)
+        store.read(EVERY)
+        assert store.verify() == []
+        read_header(path)
+
+    def test_closing_frees_the_operating_system(self, path):
+        """After close(), and after garbage collection, no descriptor is left and the lock is free."""
+
+        def descriptors():
+            links = []
+            for fd in Path("/proc/self/fd").iterdir():
+                with suppress(FileNotFoundError):  # the one that lists the folder
+                    links.append(str(fd.readlink()))
+            return [link for link in links if str(path) in link]
+
+        store = create(path)
+        store.write(EVERY, values(store.spec, EVERY))
+        store.read(EVERY)
+        assert descriptors()
+        store.close()
+        assert not descriptors()
+        store = HDF5Store.open(path)
+        assert store.writable
+        del store
+        gc.collect()
+        assert not descriptors()
+        assert HDF5Store.open(path).writable
+
+    @pytest.mark.parametrize("bad", ["sometimes", "", None])
+    def test_verify_is_one_of_three(self, path, bad):
+        fill(path)
+        with pytest.raises(UsageError, match="verify="):
+            HDF5Store.open(path, verify=bad)
+
+
+class TestDamage:
+    """One flipped bit anywhere is found."""
+
+    @pytest.mark.parametrize("verify", ["first", "always"])
+    def test_data(self, path, verify):
+        """A flip in any field of a row raises on reading, names the row, and the row can be written again."""
+        layout = fill(path)
+        for field in layout.spec.fields:
+            flip(path, layout.offsets[field.name] + 5 * field.row_bytes + field.row_bytes // 2, bit=3)
+            store = HDF5Store.open(path, verify=verify)
+            assert [(bad.row, bad.field) for bad in store.verify()] == [(5, None)]
+            assert field.name in store.verify()[0].reason
+            with pytest.raises(CorruptRowError) as caught:
+                store.read(rows_of(4, 5, 6, 5))
+            assert caught.value.rows == (5,)
+            assert store.present(rows_of(4, 5, 6)).tolist() == [True, False, True]
+            assert_same(store.read(rows_of(4, 6)), values(store.spec, rows_of(4, 6)))
+            store.write(rows_of(5), values(store.spec, rows_of(5)))
+            assert_same(store.read(EVERY), values(store.spec, EVERY))
+            assert store.verify() == []
+            store.close()
+
+    def test_single_field_is_named(self, path):
+        """With one field the damaged dataset is known."""
+        layout = fill(path, one_field())
+        flip(path, layout.offsets["activation.0"] + 24 * 7)
+        (bad,) = HDF5Store.open(path).verify()
+        assert (bad.row, bad.field) == (7, "activation.0")
+
+    def test_first_read_only(self, path):
+        """verify="first" checks a row once, "always" every time, "never" not at all; own writes are trusted."""
+        layout = fill(path, one_field())
+        stores = {verify: HDF5Store.open(path, writable=False, verify=verify) for verify in ("first", "always")}
+        for store in stores.values():
+            store.read(rows_of(2))
+        flip(path, layout.offsets["activation.0"] + 24 * 2)
+        stores["first"].read(rows_of(2))
+        with pytest.raises(CorruptRowError):
+            stores["always"].read(rows_of(2))
+        HDF5Store.open(path, writable=False, verify="never").read(rows_of(2))
+        assert [bad.row for bad in stores["first"].verify()] == [2]
+        with pytest.raises(CorruptRowError):  # verify() has told it
+            stores["first"].read(rows_of(2))
+
+    def test_commit_table(self, path):
+        """A flip in a record makes its row absent or corrupt, never wrong, and verify() reports it."""
+        layout = fill(path)
+        for byte in range(16):
+            flip(path, layout.commit_offset + 16 * 6 + byte, bit=byte % 8)
+            store = HDF5Store.open(path, writable=False)
+            with pytest.raises(StoreError, match="absent" if byte >= 8 else "checksum"):
+                store.read(rows_of(6))
+            assert [bad.row for bad in HDF5Store.open(path, writable=False).verify()] == [6]
+            others = EVERY[EVERY != 6]
+            assert_same(store.read(others), values(store.spec, others))
+            flip(path, layout.commit_offset + 16 * 6 + byte, bit=byte % 8)
+
+    def test_record_of_another_row(self, path):
+        """Rows and records that were moved together do not pass for another row."""
+        layout = fill(path, one_field())
+        raw = bytearray(path.read_bytes())
+        for start, size in ((layout.offsets["activation.0"], 24), (layout.commit_offset, 16)):
+            raw[start : start + size] = raw[start + size : start + 2 * size]
+        path.write_bytes(raw)
+        assert HDF5Store.open(path).present(rows_of(0, 1)).tolist() == [False, True]
+
+    def test_header_and_metadata(self, path):
+        """Any flip in the header block, in HDF5's metadata or in padding refuses the file."""
+        layout = fill(path)
+        rng = random.Random(0)
+        spans = [(0, 16), (0, 1024), (0, HEADER_BYTES), *layout.gaps]
+        offsets = [start + rng.randrange(size) for start, size in spans for _ in range(20)]
+        for offset in [*offsets, 65532, 65535, HEADER_BYTES, layout.gaps[-1][0]]:
+            bit = rng.randrange(8)
+            flip(path, offset, bit)
+            with pytest.raises(CorruptStoreError, match=str(path)):
+                HDF5Store.open(path)
+            with pytest.raises(CorruptStoreError):
+                read_header(path)
+            flip(path, offset, bit)
+        HDF5Store.open(path).read(EVERY)
+
+    @pytest.mark.parametrize("change", [-1, 1, 4096, -4096])
+    def test_size(self, path, change):
+        """A file that was cut or grew is refused before it is mapped."""
+        layout = fill(path)
+        os.truncate(path, layout.file_bytes + change)
+        with pytest.raises(CorruptStoreError, match="cut or grew"):
+            HDF5Store.open(path)
+        os.truncate(path, 10)
+        with pytest.raises(CorruptStoreError, match="too few"):
+            HDF5Store.open(path)
+
+    def test_bool_bytes(self, path):
+        """A bool of byte 2, which torch does not define, is handed out as a plain True."""
+        store = create(path, one_field((3,), torch.bool))
+        odd = torch.tensor([[2, 0, 255]], dtype=torch.uint8).view(torch.bool)
+        store.write(rows_of(0), {"activation.0": odd})
+        got = store.read(rows_of(0))["activation.0"]
+        assert got.view(torch.uint8).tolist() == [[1, 0, 1]]
+
+    def test_malformed_headers(self, path):
+        """Whatever a header with a valid CRC says, opening raises this package's errors only, and soon."""
+        fill(path)
+        good = path.read_bytes()
+        length = struct.unpack_from("<I", good, 12)[0]
+        tree = json.loads(good[16 : 16 + length])
+        rng = random.Random(1)
+        odd = [None, True, -1, 0, 1, 1.5, 2**31, 2**32, 2**63, 2**70, 4096, 65536, "", "a", "commit", "float32", [], {},
+               [0], [1], [2**62] * 31, [1] * 32, {"a": 1}, {"a": "\ud800"}, "0" * 64, "\ud800"]  # fmt: skip
+
+        def mutate(tree):
+            where, key = tree, rng.choice(list(tree))
+            if key == "fields" and rng.random() < 0.8:
+                where = rng.choice(tree["fields"])
+                key = rng.choice(list(where))
+            kind = rng.random()
+            if kind < 0.7:
+                where[key] = rng.choice(odd)
+            elif kind < 0.8:
+                del where[key]
+            elif kind < 0.9:
+                where["more"] = 1
+            else:
+                tree["fields"] = tree["fields"] * rng.choice([0, 2, 100])
+
+        texts = ["", "[" * 60_000, "{}", "null", "1" * 5000, '{"rows":NaN}', '{"rows":1,"rows":2}', '"\\ud800"', "\xff"]
+        for _ in range(250):
+            copy = json.loads(json.dumps(tree))
+            mutate(copy)
+            texts.append(json.dumps(copy))
+        for text in texts:
+            raw = text.encode("latin-1")[: 65532 - 16]
+            lengths = [len(raw)] * 3 + [rng.choice([0, len(raw) + 1, 65516, 65517, 2**32 - 1])]
+            block = (good[:12] + struct.pack("<I", rng.choice(lengths)) + raw).ljust(65532, b"\0")
+            with path.open("r+b") as file:
+                file.write(block + struct.pack("<I", zlib.crc32(block)))
+            for call in (read_header, HDF5Store.open):
+                started = time.process_time()
+                try:
+                    call(path)
+                except CacheFreezeError:
+                    pass
+                else:  # a free string or the time may have been changed to another valid one
+                    changed = json.loads(text)
+                    for key in ("fingerprint", "attributes", "created"):
+                        changed[key] = tree[key]
+                    names = {field["name"]: field for field in tree["fields"]}
+                    same = [{**names.get(field["name"], field), "shape": field["shape"]} for field in changed["fields"]]
+                    assert {**changed, "fields": same}.keys() == tree.keys()
+                assert time.process_time() - started < 0.5
+
+    @pytest.mark.parametrize("kind", ["symlink", "fifo", "folder", "missing", "text"])
+    def test_other_things(self, path, tmp_path, kind):
+        """What is no regular cache file is refused with one line, and nothing is left beside it."""
+        if kind == "symlink":
+            fill(tmp_path / "real.h5")
+            path.symlink_to(tmp_path / "real.h5")
+        elif kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "text":
+            path.write_text("no cache file\n" * 10_000)
+        before = sorted(tmp_path.iterdir())
+        for call in (HDF5Store.open, read_header):
+            with pytest.raises(StoreError) as caught:
+                call(path)
+            assert "\n" not in str(caught.value)
+            assert str(path) in str(caught.value)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+class TestCreation:
+    def test_exclusive(self, path):
+        """A file is never replaced, not even by one of the same name made at the same instant."""
+        store = create(path)
+        with pytest.raises(StoreError, match="exists"):
+            create(path)
+        store.write(EVERY, values(store.spec, EVERY))
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
+
+    def test_lost_race(self, path, monkeypatch):
+        """The loser of a race to the same name gets an error and leaves the winner's file alone."""
+
+        def link(source, target):
+            target.write_bytes(b"the winner's")
+            System.link(system, source, target)
+
+        monkeypatch.setattr(system, "link", link)
+        with pytest.raises(StoreError, match="another process has just created it"):
+            create(path)
+        assert path.read_bytes() == b"the winner's"
+        assert list(path.parent.iterdir()) == [path]
+
+    @pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "fallocate", "link", "unlink"])
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+    def test_failing_calls(self, path, monkeypatch, call, code):
+        """Whichever system call fails first, creation raises one clear error and leaves nothing behind."""
+        calls = []
+
+        def fail(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 1:
+                raise OSError(code, os.strerror(code))
+            return getattr(System, call)(system, *args, **kwargs)
+
+        monkeypatch.setattr(system, call, fail)
+        with pytest.raises(StoreSpaceError if code == errno.ENOSPC else StoreError, match=r"rows\.h5"):
+            create(path)
+        assert calls
+        monkeypatch.undo()
+        sweep(path.parent)  # an unlink that failed can only be made up for later
+        assert not list(path.parent.iterdir())
+        create(path).close()
+
+    def test_folder_fsync_fails(self, path, monkeypatch):
+        """A file whose name may not survive a power cut is not left behind as if it did."""
+        done = []
+
+        def fsync(fd):
+            done.append(fd)
+            if len(done) == 2:
+                raise OSError(errno.EIO, "lost")
+            os.fsync(fd)
+
+        monkeypatch.setattr(system, "fsync", fsync)
+        with pytest.raises(StoreError, match="lost"):
+            create(path)
+        assert not list(path.parent.iterdir())
+
+    def test_too_large_for_the_disk(self, path):
+        """What cannot fit is refused at once, with both numbers, before anything is written."""
+        with pytest.raises(StoreSpaceError, match=r"needs 4,\d+,\d+,\d+,\d+,\d+ bytes, [\d,]+ are free"):
+            create(path, one_field((10**6,), rows=10**9))
+        assert not list(path.parent.iterdir())
+
+    def test_limit_on_file_size(self, path):
+        """A limit that only the allocation meets is an exception, not a signal, and leaves nothing."""
+
+        def work():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+            with pytest.raises(StoreSpaceError, match="limit on file sizes"):
+                create(path, one_field((1 << 10,), rows=1 << 10))
+
+        assert in_child(work) == 0
+        assert not list(path.parent.iterdir())
+
+    def test_full_disk(self, path):
+        """On a file system that is too small nothing is left, not even when its free bytes are misreported."""
+        if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=2m none {path.parent} 2>/dev/null"):
+            pytest.skip("cannot mount a small file system")
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("cachefreeze.stores.creation.free_bytes", lambda folder: 1 << 40)
+                with pytest.raises(StoreSpaceError):
+                    create(path, one_field((1 << 10,), rows=1 << 10))
+            assert not list(path.parent.iterdir())
+            with pytest.raises(StoreSpaceError, match="are free: free some space"):
+                create(path, one_field((1 << 10,), rows=1 << 10))
+            create(path, one_field()).close()
+        finally:
+            os.system(f"umount -l {path.parent}")
+
+    @pytest.mark.parametrize("name", ["missing/rows.h5", "folder", "x" * 300 + ".h5"])
+    def test_bad_paths(self, tmp_path, name):
+        """A missing folder, a folder, a name that is too long: one line that names the path."""
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(StoreError) as caught:
+            create(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+    def test_unwritable_folder(self, path):
+        """A folder without write permission is one clear line; so is one that may not be entered."""
+
+        def work():
+            if os.geteuid() == 0:
+                os.seteuid(65534)  # to root nothing is forbidden
+            with pytest.raises(StoreError, match="Permission denied; use a folder"):
+                create(path)
+
+        for mode in (0o500, 0o000):
+            path.parent.chmod(mode)
+            assert in_child(work) == 0
+        path.parent.chmod(0o700)
+        assert not list(path.parent.iterdir())
+
+    def test_killed_creators_leave_nothing(self, path, monkeypatch):
+        """A creator killed at any step leaves no file at the final name, and its temporary is swept by the next."""
+        for step in ("fallocate", "pwrite", "fsync", "link"):
+
+            def work(ready, step=step):
+                def stop(*args):
+                    ready()
+                    signal.pause()
+
+                setattr(system, step, stop)
+                create(path)
+
+            start_and_kill(work, 0)
+            left = [p.name for p in path.parent.iterdir() if p.name.endswith(".tmp")]
+            assert len(left) == 1
+            assert not path.exists()
+        create(path).close()
+        assert sorted(p.name for p in path.parent.iterdir()) == ["rows.h5", "rows.h5.lock"]
+
+    def test_living_creators_are_not_swept(self, path):
+        """A sweep leaves the temporary of a creator at work, and files that only look similar."""
+        alive = FileLock.take(path.parent / f".cachefreeze-{'0' * 16}.tmp", os.O_CREAT | os.O_EXCL)
+        (path.parent / f".cachefreeze-{'0' * 15}.tmp").touch()
+        (path.parent / f".cachefreeze-{'1' * 16}.tmp").touch()
+        sweep(path.parent)
+        assert sorted(p.name for p in path.parent.iterdir()) == [
+            f".cachefreeze-{'0' * 15}.tmp",
+            f".cachefreeze-{'0' * 16}.tmp",
+        ]
+        alive.release()
+
+
+class TestOneWriter:
+    def test_second_writer_reads(self, path):
+        """While one process writes, another opens the file read-only, without an error."""
+        writer = create(path)
+        writer.write(rows_of(1), values(writer.spec, rows_of(1)))
+        again = HDF5Store.open(path)
+        assert not again.writable
+
+        def work():
+            other = HDF5Store.open(path)
+            assert not other.writable
+            assert_same(other.read(rows_of(1)), values(other.spec, rows_of(1)))
+            with pytest.raises(StoreError, match="read-only"):
+                other.write(rows_of(2), values(other.spec, rows_of(2)))
+            with pytest.raises(StoreError, match="exists"):
+                create(path)
+
+        assert in_child(work) == 0
+        writer.write(rows_of(2), values(writer.spec, rows_of(2)))
+        writer.close()
+        assert HDF5Store.open(path).writable
+
+    def test_lock_dies_with_its_holder(self, path):
+        """After kill -9 of the writer the next one writes; there are no stale locks."""
+        fill(path)
+
+        def work(ready):
+            store = HDF5Store.open(path)
+            assert store.writable
+            ready()
+            signal.pause()
+
+        start_and_kill(work, 0)
+        assert HDF5Store.open(path).writable
+
+    def test_forked_child(self, path):
+        """A forked child reads on, cannot write, and keeps no lock once the parent closes."""
+        store = create(path)
+        store.write(EVERY, values(store.spec, EVERY))
+        receiver, sender = os.pipe()
+
+        def work():
+            assert not store.writable
+            assert_same(store.read(EVERY), values(store.spec, EVERY))
+            with pytest.raises(StoreError, match="read-only"):
+                store.write(rows_of(0), values(store.spec, rows_of(0)))
+            store.commit()
+
+        assert in_child(work) == 0
+        if (pid := os.fork()) == 0:
+            os.read(receiver, 1)
+            os._exit(0)
+        assert store.writable
+        store.write(rows_of(0), values(store.spec, rows_of(0)))
+        store._handles.lock.after_fork_in_child()  # as a kill would: the descriptor goes, nothing is unlocked by hand
+        assert HDF5Store.open(path).writable
+        os.write(sender, b".")
+        os.waitpid(pid, 0)
+        os.close(receiver)
+        os.close(sender)
+
+    def test_child_closing_leaves_the_parents_lock(self, path):
+        """What a forked child closes was never its own."""
+        store = create(path)
+        assert in_child(store.close) == 0
+        assert not HDF5Store.open(path).writable
+
+    def test_pickle_reopens_read_only(self, path):
+        """A worker process gets the store read-only, under spawn as under fork."""
+        store = create(path)
+        store.write(EVERY, values(store.spec, EVERY))
+        copy = pickle.loads(pickle.dumps(store))
+        assert not copy.writable
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            got = pool.apply(_read_in_worker, (store,))
+        np.testing.assert_array_equal(got, store.read(EVERY)["field.8"].numpy())
+        assert store.writable
+
+    def test_pickle_of_a_replaced_file(self, path):
+        """A pickled store does not open another file that has taken its place."""
+        store = create(path, one_field())
+        data = pickle.dumps(store)
+        store.close()
+        path.unlink()
+        HDF5Store.create(path, one_field(), fingerprint={"weights": "other"}).close()
+        with pytest.raises(StoreError, match="another file"):
+            pickle.loads(data)
+
+    def test_readers_need_no_permission(self):
+        """A file and a folder that may only be read are opened read-only, without an error."""
+        with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+            path = Path(folder) / "rows.h5"
+            fill(path)
+            lock_path(path).unlink()
+            path.chmod(0o444)
+            path.parent.chmod(0o555)
+
+            def work():
+                if os.geteuid() == 0:
+                    os.seteuid(65534)  # to root nothing is forbidden
+                store = HDF5Store.open(path)
+                assert not store.writable
+                assert_same(store.read(EVERY), values(store.spec, EVERY))
+
+            assert in_child(work) == 0
+            assert list(path.parent.iterdir()) == [path]
+            path.parent.chmod(0o700)
+
+
+def _read_in_worker(store):
+    assert not store.writable
+    return store.read(EVERY)["field.8"].numpy()
+
+
+class TestFilling:
+    def test_killed_while_filling(self, path):
+        """Kill -9 at any instant: the file opens, acknowledged rows are there, and no row is wrong."""
+        spec = StoreSpec(
+            rows=400,
+            fields=(
+                FieldSpec(name="activation.0", shape=(700,), dtype=torch.float32),
+                FieldSpec(name="field.1", shape=(), dtype=torch.int64),
+            ),
+        )
+        create(path, spec).close()
+        rng = random.Random(0)
+        rounds_short_of_full = 0
+        for seed in range(25):
+            acknowledged = os.pipe()
+
+            def work(ready, seed=seed, acknowledged=acknowledged):
+                store = HDF5Store.open(path)
+                assert store.writable
+                ready()
+                for rows in torch.randperm(400, generator=torch.Generator().manual_seed(seed)).split(8):
+                    rows = torch.arange(int(rows[0]) // 8 * 8, int(rows[0]) // 8 * 8 + 8) if seed % 2 else rows
+                    store.write(rows, values(spec, rows))
+                    os.write(acknowledged[1], struct.pack("<8i", *rows.tolist()))
+
+            start_and_kill(work, rng.uniform(0, 0.03))
+            os.close(acknowledged[1])
+            with os.fdopen(acknowledged[0], "rb") as pipe:
+                raw = pipe.read()
+            rows = torch.tensor(np.frombuffer(raw[: len(raw) // 32 * 32], "<i4").astype(np.int64))
+            store = HDF5Store.open(path)
+            assert store.writable
+            assert store.present(rows).all()
+            rounds_short_of_full += len(rows) < 400
+            present = store.present(torch.arange(400)).nonzero()[:, 0]
+            torn = {bad.row for bad in store.verify()}
+            assert not torn & set(rows.tolist())
+            whole = torch.tensor([row for row in present.tolist() if row not in torn], dtype=torch.int64)
+            assert_same(store.read(whole), values(spec, whole))
+            store.close()
+        assert rounds_short_of_full > 10  # or nobody was killed in the middle
+
+    def test_record_follows_data(self, path, monkeypatch):
+        """A row that is rewritten is absent on disk from before its first changed byte until after its last."""
+        layout = fill(path)
+        store = HDF5Store.open(path)
+        record = layout.commit_offset + 16 * 5
+        present = []
+
+        def pwrite(fd, data, offset):
+            present.append(HDF5Store.open(path, writable=False).present(rows_of(5)).item())
+            in_table = layout.commit_offset <= offset < layout.commit_offset + 16 * ROWS
+            order.append("record" if in_table else "data")
+            assert not in_table or offset == record
+            return os.pwrite(fd, data, offset)
+
+        order = []
+        monkeypatch.setattr(system, "pwrite", pwrite)
+        store.write(rows_of(5), values(store.spec, rows_of(5), seed=1))
+        count = len(store.spec.fields)
+        assert order == ["record", *["data"] * count, "record"]
+        assert present == [True, *[False] * count, False]
+
+    def test_neighbours_are_one_write(self, path, monkeypatch):
+        """Consecutive rows cost one call per field and one for their records."""
+        calls = []
+
+        def pwrite(fd, data, offset):
+            calls.append(len(data))
+            return os.pwrite(fd, data, offset)
+
+        store = create(path, one_field())
+        monkeypatch.setattr(system, "pwrite", pwrite)
+        store.write(rows_of(1, 2, 3, 7, 8), values(store.spec, rows_of(1, 2, 3, 7, 8)))
+        assert calls == [72, 48, 48, 32]
+
+    def test_short_and_interrupted_writes(self, path, monkeypatch):
+        """A kernel that takes a byte at a time, or is interrupted, costs time and nothing else."""
+        calls = []
+
+        def pwrite(fd, data, offset):
+            calls.append(offset)
+            if len(calls) % 3 == 0:
+                raise InterruptedError
+            return os.pwrite(fd, data[:5], offset)
+
+        store = create(path)
+        monkeypatch.setattr(system, "pwrite", pwrite)
+        store.write(EVERY, values(store.spec, EVERY))
+        monkeypatch.undo()
+        store.close()
+        store = HDF5Store.open(path, verify="always")
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
+        assert store.verify() == []
+
+    @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+    def test_failing_writes(self, path, monkeypatch, code):
+        """At whichever write the disk fails: an exception, absent rows, and no wrong row in the file."""
+        fill(path)
+        for fail_at in range(1, 22, 4):
+            store = HDF5Store.open(path)
+            calls = []
+
+            def pwrite(fd, data, offset, calls=calls, fail_at=fail_at):
+                calls.append(offset)
+                if len(calls) == fail_at:
+                    raise OSError(code, os.strerror(code))
+                return os.pwrite(fd, data[: len(data) // 2 + 1], offset)
+
+            monkeypatch.setattr(system, "pwrite", pwrite)
+            with pytest.raises(StoreSpaceError if code == errno.ENOSPC else StoreError, match=r"rows\.h5"):
+                store.write(rows_of(3, 4), values(store.spec, rows_of(3, 4), seed=7))
+            monkeypatch.undo()
+            assert store.present(rows_of(2, 3, 4)).tolist() == [True, False, False]
+            store.close()
+            store = HDF5Store.open(path)
+            for row in (3, 4):
+                if store.present(rows_of(row)):
+                    # whole, old or new; or found out
+                    with suppress(CorruptRowError):
+                        got = store.read(rows_of(row))
+                        seed = 7 if torch.equal(got["field.8"], values(store.spec, rows_of(row), 7)["field.8"]) else 0
+                        assert_same(got, values(store.spec, rows_of(row), seed))
+            store.write(rows_of(3, 4), values(store.spec, rows_of(3, 4)))
+            assert_same(store.read(EVERY), values(store.spec, EVERY))
+            store.close()
+
+    def test_zero_bytes_written(self, path, monkeypatch):
+        """A file system that takes nothing is an error, not an endless loop."""
+        store = create(path)
+        monkeypatch.setattr(system, "pwrite", lambda fd, data, offset: 0)
+        with pytest.raises(StoreError, match="took no bytes"):
+            store.write(EVERY, values(store.spec, EVERY))
+
+    def test_commit_reaches_the_disk(self, path, monkeypatch):
+        """commit() syncs, and so does every SYNC_BYTES of writing."""
+        calls = []
+        monkeypatch.setattr(system, "fdatasync", calls.append)
+        monkeypatch.setattr(hdf5, "SYNC_BYTES", 3 * 40)
+        store = create(path, one_field())
+        for row in range(6):
+            store.write(rows_of(row), values(store.spec, rows_of(row)))
+        assert len(calls) == 2
+        store.commit()
+        assert len(calls) == 3
+
+    def test_failed_sync(self, path, monkeypatch):
+        """After a failed fsync the kernel may have dropped pages: rows are judged by checksum again."""
+        store = create(path, one_field())
+        store.write(EVERY, values(store.spec, EVERY))
+
+        def fdatasync(fd):
+            raise OSError(errno.EIO, "lost")
+
+        monkeypatch.setattr(system, "fdatasync", fdatasync)
+        with pytest.raises(StoreError, match="lost"):
+            store.commit()
+        flip(path, layout_of(path).offsets["activation.0"] + 24 * 2)  # the page that was dropped
+        with pytest.raises(CorruptRowError):
+            store.read(rows_of(2))
+
+    def test_portable_allocation(self, path, monkeypatch):
+        """Without posix_fallocate the blocks are reserved all the same, by writing them."""
+        monkeypatch.delattr(os, "posix_fallocate")
+        store = create(path, one_field((1 << 12,), rows=100))
+        assert path.stat().st_blocks * 512 >= store.nbytes
+        assert store.count == 0
+
+
+def test_flock_where_there_are_no_ofd_locks(path, monkeypatch):
+    """Without open-file-description locks flock keeps the second writer out."""
+    monkeypatch.delattr("fcntl.F_OFD_SETLK")
+    store = create(path)
+    assert not HDF5Store.open(path).writable
+    assert in_child(lambda: store.close()) == 0
+    assert not HDF5Store.open(path).writable
+    store.close()
+    assert HDF5Store.open(path).writable

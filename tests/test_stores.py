@@ -1,0 +1,210 @@
+"""The three stores keep one contract, example by example and as state machines against a dict."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cachefreeze.errors import StoreError, StoreSpaceError, UsageError
+from cachefreeze.stores import memory
+from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
+from cachefreeze.stores.hdf5 import HDF5Store
+from cachefreeze.stores.memory import DeviceStore, HostStore
+from cachefreeze.testing.stores import StoreTests, assert_same, one_field, rows_of, values
+
+SPEC = StoreSpec(
+    rows=9,
+    fields=(
+        FieldSpec(name="activation.0", shape=(3, 2), dtype=torch.bfloat16),
+        FieldSpec(name="field.1", shape=(), dtype=torch.int64),
+        FieldSpec(name="field.mask", shape=(5,), dtype=torch.bool),
+    ),
+)
+
+
+def needs_cuda(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+class TestHostStore(StoreTests):
+    @pytest.fixture
+    def make(self):
+        return HostStore
+
+
+class TestDeviceStore(StoreTests):
+    @pytest.fixture
+    def make(self):
+        return lambda spec: DeviceStore(spec, "cpu")
+
+
+@needs_cuda
+class TestCUDADeviceStore(StoreTests):
+    @pytest.fixture
+    def make(self):
+        return lambda spec: DeviceStore(spec, "cuda")
+
+
+class TestHDF5Store(StoreTests):
+    @pytest.fixture
+    def make(self, tmp_path):
+        return lambda spec: HDF5Store.create(tmp_path / "rows.h5", spec, fingerprint={"weights": "abc"})
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Any sequence of calls leaves a store equal to a dict of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.model: dict[int, dict[str, torch.Tensor]] = {}
+        self.store = self.make()
+
+    def make(self) -> Store:
+        raise NotImplementedError
+
+    @rule(rows=st.lists(st.integers(0, SPEC.rows - 1), unique=True), seed=st.integers(0, 5))
+    def write(self, rows, seed):
+        index = torch.tensor(rows, dtype=torch.int64)
+        batch = values(SPEC, index, seed)
+        self.store.write(index, batch)
+        self.model |= {row: {name: tensor[at] for name, tensor in batch.items()} for at, row in enumerate(rows)}
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def read(self, data):
+        rows = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1))
+        got = self.store.read(torch.tensor(rows))
+        assert_same(got, {f.name: torch.stack([self.model[row][f.name] for row in rows]) for f in SPEC.fields})
+        for tensor in got.values():
+            tensor.zero_()
+
+    @rule(row=st.integers(0, SPEC.rows - 1))
+    def read_absent(self, row):
+        if row not in self.model:
+            with pytest.raises(StoreError):
+                self.store.read(rows_of(row))
+
+    @rule(row=st.integers(0, SPEC.rows - 1))
+    def forget(self, row):
+        self.store.forget(rows_of(row))
+        self.model.pop(row, None)
+
+    @rule()
+    def commit(self):
+        self.store.commit()
+        assert self.store.verify() == []
+
+    @invariant()
+    def presence_agrees(self):
+        assert self.store.present(torch.arange(SPEC.rows)).tolist() == [row in self.model for row in range(SPEC.rows)]
+        assert self.store.count == len(self.model)
+
+    def teardown(self):
+        self.store.close()
+
+
+class HostMachine(StoreMachine):
+    def make(self):
+        return HostStore(SPEC)
+
+
+class DeviceMachine(StoreMachine):
+    def make(self):
+        return DeviceStore(SPEC, "cpu")
+
+
+class HDF5Machine(StoreMachine):
+    def make(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "rows.h5"
+        self.forgotten: dict[int, dict[str, torch.Tensor]] = {}
+        return HDF5Store.create(self.path, SPEC, fingerprint={"a": "b"})
+
+    @rule(row=st.integers(0, SPEC.rows - 1))
+    def forget(self, row):
+        """Forgetting is this process's affair: after a reopen the row is there again."""
+        self.store.forget(rows_of(row))
+        if row in self.model:
+            self.forgotten[row] = self.model.pop(row)
+
+    @rule(verify=st.sampled_from(["first", "always", "never"]))
+    def reopen(self, verify):
+        self.store.close()
+        self.store = HDF5Store.open(self.path, verify=verify)
+        assert self.store.writable
+        self.model = self.forgotten | self.model
+        self.forgotten = {}
+
+    def teardown(self):
+        super().teardown()
+        self.folder.cleanup()
+
+
+_SETTINGS = settings(
+    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestHostMachine = HostMachine.TestCase
+TestDeviceMachine = DeviceMachine.TestCase
+TestHDF5Machine = HDF5Machine.TestCase
+for _case in (TestHostMachine, TestDeviceMachine, TestHDF5Machine):
+    _case.settings = _SETTINGS
+del _case  # pytest would collect it a second time
+
+
+@pytest.mark.parametrize("make", [HostStore, lambda spec: DeviceStore(spec, "cpu")], ids=["host", "device"])
+class TestMemory:
+    def test_too_large(self, make):
+        """What cannot fit is refused at once, with both numbers."""
+        with pytest.raises(StoreSpaceError, match=r"need 4,000,000,000,000,000 bytes on cpu, [\d,]+ are free"):
+            make(one_field((10**6,), rows=10**9))
+
+    def test_allocator_refuses(self, make, monkeypatch):
+        """Where the system does not say what is free, the allocator's refusal becomes the same error."""
+        monkeypatch.setattr(memory, "_MEMINFO", Path("/nonexistent"))
+        with pytest.raises(StoreSpaceError, match="unknown"):
+            make(one_field((10**11,), rows=10**6))
+
+    def test_free_is_compared_with_need(self, make, monkeypatch, tmp_path):
+        """One byte too few is too few; enough is enough."""
+        (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
+        monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+        make(one_field((1,), torch.uint8, rows=2048))
+        with pytest.raises(StoreSpaceError, match="2,048 are free"):
+            make(one_field((1,), torch.uint8, rows=2049))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinning works with CUDA")
+def test_pin_needs_cuda():
+    """Asking for pinned memory where there is none is an error, not a slow batch."""
+    with pytest.raises(UsageError, match="CUDA"):
+        HostStore(one_field(), pin=True)
+
+
+@needs_cuda
+class TestCUDA:
+    def test_host_batches_are_pinned(self):
+        """With CUDA present batches can travel while the device computes."""
+        store = HostStore(SPEC)
+        store.write(torch.arange(9), values(SPEC, torch.arange(9)))
+        assert all(tensor.is_pinned() for tensor in store.read(rows_of(1)).values())
+        assert not any(tensor.is_pinned() for tensor in HostStore(SPEC, pin=False).read(rows_of()).values())
+
+    def test_device_store_does_not_synchronise(self):
+        """Neither reading nor writing waits for the device."""
+        store = DeviceStore(SPEC, "cuda")
+        rows = torch.arange(9)
+        batch = values(SPEC, rows)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            store.write(rows, batch)
+            got = store.read(rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same(got, batch)
+        assert all(tensor.device == store.device for tensor in got.values())
