@@ -8,6 +8,7 @@ from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
 from cachefreeze.splitting import Boundary, BoundaryTensor, Parts, split
 from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec
+from cachefreeze.training import Trainer
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "Rows",
     "Store",
     "StoreSpec",
+    "Trainer",
     "blocks",
     "freeze",
     "split",

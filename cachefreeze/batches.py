@@ -87,11 +87,11 @@ def _elements(batch: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], A
     """Names and values of the outermost elements, and how to put such a batch together again."""
     if isinstance(batch, Tensor):
         return [0], [batch], lambda items: items[0]
+    kind: Any = type(batch)
     if isinstance(batch, dict):
-        keys, kind = list(batch), type(batch)
+        keys = list(batch)
         return keys, list(batch.values()), lambda items: kind(zip(keys, items, strict=True))
     if isinstance(batch, tuple | list):
-        kind = type(batch)
         if hasattr(batch, "_fields"):
             return [*range(len(batch))], list(batch), lambda items: kind(*items)
         return [*range(len(batch))], list(batch), lambda items: kind(items)

@@ -115,9 +115,7 @@ def _opened(model: nn.Module, name: str, final: str | None) -> list[str]:
 
 def _weight_layers(module: nn.Module) -> int:
     """Leaf modules with weights that are no norms."""
-    return sum(
-        1 for m in module.modules() if next(m.parameters(recurse=False), None) is not None and not is_norm(m)
-    )
+    return sum(1 for m in module.modules() if next(m.parameters(recurse=False), None) is not None and not is_norm(m))
 
 
 def _opens(module: nn.Module) -> bool:

@@ -46,6 +46,8 @@ class Engine:
         model: The user's own model.
         parts: The verified split; None before the first loader, and while nothing is cached.
         cache: The CacheManager; None likewise.
+        boundary: Name of the first trainable block; None before the first loader, and while nothing is frozen.
+        epoch: The epoch that runs, or comes next.
     """
 
     def __init__(
@@ -59,18 +61,17 @@ class Engine:
         prefix: Literal["exact"] = "exact",
     ) -> None:
         if schedule is not None:
-            raise UsageError(f"schedule={schedule!r}: expected None, one constant stage; freeze with cf.freeze(model, …)")
+            raise UsageError(f"schedule={schedule!r}: expected None, one constant stage; use cf.freeze(model, …)")
         if prefix != "exact":
             raise UsageError(f"prefix={prefix!r}: expected 'exact'")
         if isinstance(store, str) and store.partition(":")[0] not in ("auto", "device", "host", "hdf5", "off"):
-            raise UsageError(
-                f"store={store!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store"
-            )
+            raise UsageError(f"store={store!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store")
         stored_dtype(torch.float32, dtype)
         self.model = model
         self.parts: Parts | None = None
         self.cache: CacheManager | None = None
         self.epoch = 0
+        self.boundary: str | None = None
         self._store = store
         self._autocast = autocast
         self._dtype = dtype
@@ -115,8 +116,8 @@ class Engine:
         )
         if self.cache is None:
             example = seen.example().to(model_device(self.model))
-            boundary = boundary_of(self.model, record_usage(self.model, example))
-            if boundary is None:
+            self.boundary = boundary_of(self.model, record_usage(self.model, example))
+            if self.boundary is None:
                 return PassingLoader(dataloader, model_device(self.model), "live")
             with autocast(model_device(self.model), self._autocast):
                 self.parts = split(self.model, example)
@@ -136,6 +137,11 @@ class Engine:
             self.epoch += 1
             if self.cache is not None:
                 self.cache.commit()
+
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The entries of a dict batch that are arguments of the model's forward."""
+        arguments = forward_arguments(self.model)
+        return {key: value for key, value in batch.items() if key in arguments}
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on at the same epoch."""
@@ -175,7 +181,7 @@ class Engine:
     def _uncached(self, dataloader: DataLoader[Any], view: Any) -> PassingLoader:
         if view is not None:
             raise UsageError(
-                "view= says what to cache, and store='off' caches nothing; give the DataLoader the deterministic dataset"
+                "view= says what to cache, and store='off' caches nothing; give the DataLoader that dataset"
             )
-        frozen = boundary_of(self.model, trace_usage(self.model)) is not None
-        return PassingLoader(dataloader, model_device(self.model), "frozen" if frozen else "live")
+        self.boundary = boundary_of(self.model, trace_usage(self.model))
+        return PassingLoader(dataloader, model_device(self.model), "live" if self.boundary is None else "frozen")

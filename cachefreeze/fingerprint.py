@@ -55,7 +55,7 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in logical (row-major) order, whatever its dtype, device or memory format."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def state_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -292,9 +292,7 @@ def _tied_to(model: nn.Module, names: set[str]) -> str | None:
     """A second name of a parameter in ``names``: a tied weight that the freeze takes along."""
     parameters = dict(model.named_parameters())
     ids = {id(parameters[name]) for name in names}
-    return next(
-        (n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids and n not in names), None
-    )
+    return next((n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids and n not in names), None)
 
 
 def _paths_above(name: str) -> list[str]:

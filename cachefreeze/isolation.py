@@ -25,7 +25,7 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """Read all states; CUDA's only once it is initialised, since asking would initialise it."""
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
         state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the user's global state is the point
         return cls(torch.get_rng_state(), cuda, state, random.getstate())
 

@@ -144,6 +144,10 @@ class RowSource(Protocol):
         """The user's collate function; an empty list gives None."""
         ...
 
+    def progress(self) -> str:
+        """How far the store is filled, in words; empty once it is full."""
+        ...
+
 
 class LoaderProxy:
     """What stays of the user's DataLoader on the outside."""
@@ -252,7 +256,7 @@ class BatchOrder:
         """Make the iterators and the draws with which a DataLoader's pass begins."""
         loader = self._loader
         sampler: Any = loader.batch_sampler
-        pulled = None
+        pulled: Iterator[Sequence[int]] | None = None
         if not (loader.persistent_workers and self._started):
             pulled = iter(sampler)
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
@@ -310,9 +314,7 @@ def worker_loader(dataloader: DataLoader[Any], source: RowSource, lists: Any) ->
 
 def move(batch: Any, device: torch.device) -> Any:
     """Every tensor of a batch on ``device``; pinned memory is copied without waiting."""
-    return pytree.tree_map(
-        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
-    )
+    return pytree.tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def check_loader(dataloader: Any) -> None:

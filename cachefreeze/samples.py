@@ -19,6 +19,7 @@ from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState, preserved_random_state
 from cachefreeze.tracing import Example
 
+
 @dataclass(frozen=True)
 class View:
     """The deterministic samples behind a loader, as they are collated.
@@ -305,7 +306,7 @@ def _lists_files(value: Any) -> bool:
 
 
 def _file_facts(listing: Sequence[Any], root: Any) -> list[Any]:
-    facts = []
+    facts: list[Any] = []
     for item in listing:
         path = Path(item[0] if isinstance(item, tuple | list) else item)
         rest = item[1:] if isinstance(item, tuple | list) else ()

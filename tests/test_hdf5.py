@@ -385,6 +385,11 @@ class TestDamage:
             else:
                 tree["fields"] = tree["fields"] * rng.choice([0, 2, 100])
 
+        def use_all(path):
+            store = HDF5Store.open(path)
+            store.verify()
+            store.read(store.present(torch.arange(store.spec.rows)).nonzero()[:, 0])
+
         texts = ["", "[" * 60_000, "{}", "null", "1" * 5000, '{"rows":NaN}', '{"rows":1,"rows":2}', '"\\ud800"', "\xff"]
         for _ in range(250):
             copy = json.loads(json.dumps(tree))
@@ -396,19 +401,10 @@ class TestDamage:
             block = (good[:12] + struct.pack("<I", rng.choice(lengths)) + raw).ljust(65532, b"\0")
             with path.open("r+b") as file:
                 file.write(block + struct.pack("<I", zlib.crc32(block)))
-            for call in (read_header, HDF5Store.open):
+            for use in (read_header, use_all):
                 started = time.process_time()
-                try:
-                    call(path)
-                except CacheFreezeError:
-                    pass
-                else:  # a free string or the time may have been changed to another valid one
-                    changed = json.loads(text)
-                    for key in ("fingerprint", "attributes", "created"):
-                        changed[key] = tree[key]
-                    names = {field["name"]: field for field in tree["fields"]}
-                    same = [{**names.get(field["name"], field), "shape": field["shape"]} for field in changed["fields"]]
-                    assert {**changed, "fields": same}.keys() == tree.keys()
+                with suppress(CacheFreezeError):  # another attribute or another dtype of that size is as good
+                    use(path)
                 assert time.process_time() - started < 0.5
 
     @pytest.mark.parametrize("kind", ["symlink", "fifo", "folder", "missing", "text"])

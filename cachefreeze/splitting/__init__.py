@@ -72,8 +72,8 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
     example = Example.of(example_inputs)
     if example.batch < 2:
         raise SplitError(
-            f"example_inputs hold a batch of {example.batch}; pass at least 2 samples: a split is verified at two batch "
-            "sizes, and batch norm cannot train on one"
+            f"example_inputs hold a batch of {example.batch}; pass at least 2 samples: a split is verified at two "
+            "batch sizes, and batch norm cannot train on one"
         )
     usage = record_usage(model, example)
     name = train_from if train_from is not None else boundary_of(model, usage)

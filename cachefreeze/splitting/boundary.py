@@ -44,7 +44,7 @@ class BoundaryTensor:
         # strides of a dimension of size 1 say nothing: contiguity is asked first
         layout = tuple(dims)
         if not tensor.is_contiguous():
-            layout = tuple(sorted(dims, key=lambda d: (-tensor.stride(d), d)))
+            layout = tuple(sorted(dims, key=lambda d: (-tensor.stride()[d], d)))
         shape = tuple(size for d, size in enumerate(tensor.shape) if d != batch_dim)
         return cls(shape=shape, dtype=tensor.dtype, batch_dim=batch_dim, layout=layout)
 

@@ -108,13 +108,12 @@ class Suffix(nn.Module):
         self._follow["model"].train(mode)
         return self
 
-    def prepare(self) -> fx.GraphModule:
+    def prepare(self) -> nn.Module:
         """The graph for the modes that the traced-through modules are in now."""
         key = "".join("t" if module.training else "e" for module in self._follow["opened"])
         if key not in self.graphs:
             self.graphs[key] = self._follow["make"]()
-        graph: fx.GraphModule = self.graphs[key]
-        return graph
+        return self.graphs[key]
 
     def forward(self, *rows: Tensor) -> Any:
         """Run the trainable part on a fresh batch of rows, which it may write into."""

@@ -5,5 +5,17 @@ from __future__ import annotations
 from cachefreeze.stores.base import BadRow, FieldSpec, Store, StoreSpec
 from cachefreeze.stores.hdf5 import HDF5Store, Header, read_header
 from cachefreeze.stores.memory import DeviceStore, HostStore
+from cachefreeze.stores.removal import remove_cache
 
-__all__ = ["BadRow", "DeviceStore", "FieldSpec", "HDF5Store", "Header", "HostStore", "Store", "StoreSpec", "read_header"]
+__all__ = [
+    "BadRow",
+    "DeviceStore",
+    "FieldSpec",
+    "HDF5Store",
+    "Header",
+    "HostStore",
+    "Store",
+    "StoreSpec",
+    "read_header",
+    "remove_cache",
+]

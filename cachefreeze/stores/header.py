@@ -44,7 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-_MAGIC = b"\x89CFRZ\r\n\x1a"  # like PNG's: text-mode transfers and 7-bit channels damage it visibly
+MAGIC = b"\x89CFRZ\r\n\x1a"  # like PNG's: text-mode transfers and 7-bit channels damage it visibly
 _VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _CRC = struct.Struct("<I")
@@ -168,7 +168,7 @@ def encode(layout: Layout) -> bytes:
             f"fingerprint and attributes make a header of {len(text):,} bytes, {_JSON_MAX_BYTES:,} fit: "
             "shorten them, for example by storing a digest of the longest"
         )
-    block = (_PREFIX.pack(_MAGIC, _VERSION, len(text)) + text).ljust(_CRC_OFFSET, b"\0")
+    block = (_PREFIX.pack(MAGIC, _VERSION, len(text)) + text).ljust(_CRC_OFFSET, b"\0")
     return block + _CRC.pack(zlib.crc32(block))
 
 
@@ -192,7 +192,7 @@ def decode(block: bytes, file_bytes: int, path: Path) -> Layout:
 def _decode(block: bytes, file_bytes: int) -> Layout:
     _require(len(block) == HEADER_BYTES, f"{file_bytes} bytes are too few for a cache file")
     magic, version, length = _PREFIX.unpack_from(block)
-    _require(magic == _MAGIC, "this is not a cachefreeze file (wrong magic)")
+    _require(magic == MAGIC, "this is not a cachefreeze file (wrong magic)")
     _require(version == _VERSION, f"format version {version}, this release reads {_VERSION}")
     (crc,) = _CRC.unpack_from(block, _CRC_OFFSET)
     _require(zlib.crc32(block[:_CRC_OFFSET]) == crc, "the header is damaged (wrong CRC)")

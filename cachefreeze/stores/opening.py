@@ -15,8 +15,8 @@ import torch
 from cachefreeze.errors import CacheFreezeError, StaleCacheError, StoreError, StoreSpaceError, UsageError
 from cachefreeze.fingerprint import difference, identity
 from cachefreeze.stores.base import Store, StoreSpec
-from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.file import read_header
+from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore, free_device_bytes, free_host_bytes
 
 _LOG = logging.getLogger("cachefreeze")
@@ -145,9 +145,7 @@ def _matching(store: HDF5Store, wanted: Wanted) -> Store:
 
 def _create(path: Path, wanted: Wanted) -> Store:
     try:
-        return HDF5Store.create(
-            path, wanted.spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes
-        )
+        return HDF5Store.create(path, wanted.spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes)
     except StoreSpaceError:
         raise
     except StoreError:

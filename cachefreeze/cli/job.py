@@ -1,0 +1,180 @@
+"""What ``train`` and ``fill`` share: the options of a job, and the data, model and engine they describe."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import cachefreeze as cf
+from cachefreeze.cli.data import Data, load_data
+from cachefreeze.cli.digits import PRETRAIN_CLASSES, DigitsCNN, pretrain
+from cachefreeze.cli.models import DIGITS_MODEL, build_model
+from cachefreeze.engine import Engine
+from cachefreeze.errors import UsageError
+from cachefreeze.training import Loader
+
+
+@dataclass
+class Job:
+    """A model, its data and the engine between them."""
+
+    data: Data
+    model: nn.Module
+    engine: Engine
+    train: Loader
+    val: Loader
+    out: Path
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed: 0 to 2**63 - 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2**63 - 1, got {value}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str) -> None:
+    """The options that say what is trained on what, and where rows are kept."""
+    parser.add_argument(
+        "--data", default="digits", metavar="digits|cifar10|DIR", help="default digits; DIR holds train/ and val/"
+    )
+    parser.add_argument("--model", metavar="NAME", help="a torchvision classifier (default: digits_cnn, resnet18)")
+    parser.add_argument("--weights", metavar="FILE.safetensors|DEFAULT", help="pretrained weights (default: random)")
+    boundary = parser.add_mutually_exclusive_group()
+    boundary.add_argument("--train-from", metavar="NAME", help="first module to train (default: the last block)")
+    boundary.add_argument("--train-last", type=positive, metavar="N", help="train the last N blocks")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument("--image-size", type=positive, metavar="N", help="pixels of the square crop")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="of hdf5 caches (default: OUT/cache)")
+    parser.add_argument(
+        "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
+
+
+def make_job(args: argparse.Namespace) -> Job:
+    """Build everything that the options describe, cheap checks first."""
+    device = _device(args.device)
+    if args.cache == "device" and device.type == "cpu":
+        raise UsageError("--cache device keeps rows in GPU memory, and --device is cpu; use --cache host")
+    data = load_data(args.data, image_size=args.image_size)
+    name = args.model or ("digits_cnn" if data.name == "digits" else "resnet18")
+    out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
+    make_folder(out)
+    torch.manual_seed(args.seed)
+    model = _model(name, args, data)
+    _freeze(model, args, data)
+    engine = Engine(model.to(device), _store(args, out), dtype=args.cache_dtype)
+    order = torch.Generator().manual_seed(args.seed)
+    train = DataLoader(data.train, args.batch_size, shuffle=True, generator=order)
+    val = DataLoader(data.val, args.batch_size, generator=torch.Generator())
+    return Job(
+        data=data,
+        model=model,
+        engine=engine,
+        train=engine.loader(train, name="train", version=data.name),
+        val=engine.loader(val, name="val", version=data.name),
+        out=out,
+    )
+
+
+def configuration(args: argparse.Namespace, job: Job) -> Mapping[str, str]:
+    """What decides the result of a run, as its checkpoint remembers it. The cache is not among it."""
+    return {
+        "data": job.data.name,
+        "model": type(job.model).__name__,
+        "boundary": str(job.engine.boundary),
+        "image_size": str(job.data.image_size),
+        "batch_size": str(args.batch_size),
+        "optimizer": args.optimizer,
+        "lr": repr(args.lr),
+        "seed": str(args.seed),
+        "weights": Path(args.weights).name if args.weights else "random",
+    }
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, or say why it cannot be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path}: {error.strerror}; choose another one") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder {path} is not writable; choose another one")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: CUDA is not available here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return device
+
+
+def _store(args: argparse.Namespace, out: Path) -> str:
+    if args.cache != "hdf5":
+        if args.cache_dir is not None:
+            raise UsageError(f"--cache-dir is for --cache hdf5, and --cache is {args.cache}")
+        return str(args.cache)
+    return f"hdf5:{args.cache_dir if args.cache_dir is not None else out / 'cache'}"
+
+
+def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
+    model = build_model(name, weights=args.weights, classes=len(data.classes))
+    if isinstance(model, DigitsCNN) and args.weights is None:
+        print(f"pretraining {DIGITS_MODEL} on the digits {', '.join(map(str, PRETRAIN_CLASSES))}", flush=True)
+        pretrain(model, seed=args.seed)
+    return model
+
+
+def _freeze(model: nn.Module, args: argparse.Namespace, data: Data) -> None:
+    example = torch.zeros(2, 3, data.image_size, data.image_size)
+    if args.train_from is not None:
+        cf.freeze(model, args.train_from, example_inputs=example)
+    else:
+        cf.freeze(model, train_last=args.train_last or 1, example_inputs=example)

@@ -1,0 +1,114 @@
+"""Train on cached activations of a frozen prefix."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cachefreeze.cli import job
+from cachefreeze.errors import UsageError
+from cachefreeze.reporting import Report, short_bytes, table_header, table_row
+from cachefreeze.training import Trainer
+
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``train``."""
+    job.add_arguments(parser, caches=("auto", "device", "host", "hdf5", "off"), cache="auto")
+    parser.add_argument("--epochs", type=job.positive, default=10, metavar="N", help="default 10")
+    parser.add_argument("--lr", type=job.positive_float, default=1e-3, metavar="X", help="default 1e-3, constant")
+    parser.add_argument("--optimizer", choices=tuple(_OPTIMIZERS), default="adamw", help="default adamw")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in OUT, if there is one")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print a line per epoch, write checkpoints and the report."""
+    if args.report is not None:
+        if args.report.is_dir():
+            raise UsageError(f"--report {args.report} is a folder; name a file")
+        job.make_folder(args.report.parent)
+    made = job.make_job(args)
+    engine = made.engine
+    try:
+        _describe(made)
+        print(table_header(), flush=True)
+        trained = [p for p in made.model.parameters() if p.requires_grad]
+        trainer = Trainer(
+            engine,
+            nn.functional.cross_entropy,
+            _OPTIMIZERS[args.optimizer](trained, args.lr),
+            out=made.out,
+            config=job.configuration(args, made),
+            progress=True,
+            on_epoch=lambda epoch: print(table_row(epoch), flush=True),
+        )
+        report = trainer.fit(made.train, made.val, epochs=args.epochs, resume=args.resume)
+    finally:
+        engine.close()
+    report.data = made.data.name
+    report.total_seconds = _process_seconds()
+    for path in (made.out / "report.json", args.report):
+        if path is not None:
+            report.write(path)
+    _conclude(report, made.out)
+    return 0
+
+
+def _describe(made: job.Job) -> None:
+    trained = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in made.model.parameters())
+    print(
+        f"{type(made.model).__name__} on {made.data.name}: {len(made.data.train)} training and {len(made.data.val)} "
+        f"validation samples, {len(made.data.classes)} classes, {made.data.image_size} px; trains {trained:,} of "
+        f"{total:,} parameters from {made.engine.boundary!r} on"
+    )
+    parts, cache = made.engine.parts, made.engine.cache
+    if parts is None or cache is None:
+        print("no cache: the frozen part runs every epoch")
+        return
+    print(
+        f"cache: {parts.cached_fraction:.1%} of the forward, {short_bytes(parts.boundary.bytes_per_sample)} a sample, "
+        f"{short_bytes(cache.nbytes)} in all"
+    )
+    for name, facts in cache.info().items():
+        where = facts["path"] or facts["tier"]
+        note = "" if facts["writable"] else " (another process writes it: rows computed here are not kept)"
+        print(f"  {name}: {facts['rows_present']}/{facts['rows']} rows in {where}{note}")
+
+
+def _conclude(report: Report, out: Path) -> None:
+    last = report.epochs[-1] if report.epochs else None
+    if last is None:
+        return
+    cached = sorted(epoch.seconds for epoch in report.epochs if epoch.source == "cached")
+    fills = [epoch for epoch in report.epochs if epoch.source == "fill"]
+    line = f"validation accuracy {last.val_accuracy:.1%}" if last.val_accuracy is not None else "done"
+    if fills:
+        line += f"; filling took {report.fill_seconds:.2f} s"
+    if cached:
+        line += f", a cached epoch {cached[len(cached) // 2]:.3f} s (median)"
+    print(f"{line}; {report.total_seconds:.1f} s in all; model and report in {out}")
+
+
+def _process_seconds() -> float:
+    """Seconds since this process started, imports included; since this module was imported where unknown."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return time.perf_counter() - _IMPORTED
+
+
+_IMPORTED = time.perf_counter()

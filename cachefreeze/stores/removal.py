@@ -1,0 +1,48 @@
+"""Remove a cache file: one of ours, and one that nobody is writing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cachefreeze.errors import CorruptStoreError, StoreError
+from cachefreeze.stores.creation import lock_path, sweep
+from cachefreeze.stores.file import open_regular
+from cachefreeze.stores.header import MAGIC
+from cachefreeze.stores.locks import FileLock
+from cachefreeze.stores.system import pread_all, store_error, system
+
+
+def remove_cache(path: str | Path) -> int:
+    """Unlink a cache file and its lock; damaged ones too, as long as they begin like one.
+
+    Readers that have it open keep what they have.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        CorruptStoreError: It does not begin like a cache file, so it is not ours to remove.
+        StoreError: Another process is writing it, or it cannot be removed.
+    """
+    path = Path(path).absolute()
+    fd, _ = open_regular(path, os.O_RDONLY)
+    try:
+        nbytes = os.fstat(fd).st_size
+        begins = pread_all(fd, min(len(MAGIC), nbytes), 0)
+    finally:
+        os.close(fd)
+    if begins != MAGIC:
+        raise CorruptStoreError(f"{path} is no cache file, so it is not removed")
+    try:
+        lock = FileLock.take(lock_path(path), os.O_CREAT)
+        if lock is None:
+            raise StoreError(f"{path} is being written by another process; stop that one first")
+        try:
+            system.unlink(path)
+        finally:
+            lock.release(unlink=True)
+        sweep(path.parent)
+    except OSError as error:
+        raise error if isinstance(error, StoreError) else store_error(error, "remove", path) from error
+    return nbytes
