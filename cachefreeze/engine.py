@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -35,8 +36,8 @@ class Engine:
 
     Args:
         model: The user's model, on its device. Freeze it first; ``engine.model`` stays this very object.
-        store: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen
-            model without a cache (the baseline).
+        store: ``auto``, ``auto:DIR`` (on disk in DIR where memory is too small), ``device``, ``host``, ``hdf5:DIR``,
+            ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen model without a cache (the baseline).
         schedule: None: what is frozen now stays frozen.
         autocast: Autocast dtype of the prefix. Call the suffix under the same autocast state.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
@@ -183,5 +184,7 @@ class Engine:
             raise UsageError(
                 "view= says what to cache, and store='off' caches nothing; give the DataLoader that dataset"
             )
-        self.boundary = boundary_of(self.model, trace_usage(self.model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the order of use only names the boundary in reports here
+            self.boundary = boundary_of(self.model, trace_usage(self.model))
         return PassingLoader(dataloader, model_device(self.model), "live" if self.boundary is None else "frozen")

@@ -157,11 +157,11 @@ def _device(name: str | None) -> torch.device:
 
 
 def _store(args: argparse.Namespace, out: Path) -> str:
-    if args.cache != "hdf5":
-        if args.cache_dir is not None:
-            raise UsageError(f"--cache-dir is for --cache hdf5, and --cache is {args.cache}")
-        return str(args.cache)
-    return f"hdf5:{args.cache_dir if args.cache_dir is not None else out / 'cache'}"
+    if args.cache in ("auto", "hdf5"):
+        return f"{args.cache}:{args.cache_dir if args.cache_dir is not None else out / 'cache'}"
+    if args.cache_dir is not None:
+        raise UsageError(f"--cache-dir is for --cache hdf5 or auto, and --cache is {args.cache}")
+    return str(args.cache)
 
 
 def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import http.client
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ from cachefreeze.cli.optional import demo_package
 from cachefreeze.errors import UsageError
 
 DIGITS_MODEL = "digits_cnn"
-# Models with auxiliary heads, which are off here, and whose constructor asks how to initialise.
-_AUXILIARY = ("googlenet", "inception_v3")
+_DEFAULT = "DEFAULT"
+# The models with auxiliary heads, and the names of these heads, which are off here.
+_AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 _SHOWN_KEYS = 3
 
 
@@ -28,101 +32,133 @@ def model_names() -> list[str]:
 
 
 def build_model(name: str, *, weights: str | None, classes: int) -> nn.Module:
-    """Build a classifier for ``classes`` classes.
+    """Build a classifier for ``classes`` classes; random numbers come from torch's global state.
 
     Args:
         name: One of :func:`model_names`.
-        weights: None for random ones, ``DEFAULT`` for torchvision's, or a ``.safetensors`` file. A file for other
-            classes is loaded before the classifier is replaced, one for as many after.
+        weights: None for random ones, ``DEFAULT`` for torchvision's, or a ``.safetensors`` file with a classifier
+            for any number of classes: it is kept where the number is right, else replaced after loading.
         classes: Outputs of the new classifier.
 
     Raises:
         UsageError: Unknown name; weights that cannot be had, read or fitted.
     """
+    if classes < 1:
+        raise UsageError(f"classes={classes}: expected 1 or more")
+    _check_name(name)
+    if weights in (None, _DEFAULT):
+        model = _new(name) if weights is None else _with_default_weights(name)
+    else:
+        found = _read(str(weights))
+        model = _new(name)
+        _set_outputs(model, _outputs_in(found, model))
+        _load(model, found, str(weights), ignored=_AUXILIARY_HEADS.get(name, ()))
+    _set_outputs(model, classes)
+    return model
+
+
+def _check_name(name: str) -> None:
     known = model_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "mobilenet_v2", "vit_b_16"]
-        raise UsageError(f"--model {name}: no such torchvision classifier; did you mean {', '.join(near)}?")
+        # most names differ in their last characters only, so some come near almost every typing error
+        near = difflib.get_close_matches(name.lower(), known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "for example digits_cnn, resnet18, mobilenet_v2"
+        raise UsageError(f"--model {name}: no such model among torchvision's {len(known) - 1} classifiers; {hint}")
+
+
+def _new(name: str) -> nn.Module:
+    """A model with random weights and as many classes as its builder gives it."""
     if name == DIGITS_MODEL:
-        if weights == "DEFAULT":
-            raise UsageError(f"--model {name} has no default weights; leave --weights out, it is pretrained on the fly")
-        model: nn.Module = DigitsCNN(classes)
-        if weights is not None:
-            _load(model, _read(weights), weights)
-        return model
-    found = None if weights in (None, "DEFAULT") else _read(str(weights))
-    model = _torchvision(name, default=weights == "DEFAULT")
-    if found is not None and _outputs(model, found) != classes:
-        _load(model, found, str(weights))
-        found = None
-    _replace_classifier(model, classes)
-    if found is not None:
-        _load(model, found, str(weights))
+        return DigitsCNN(classes=10)
+    model: nn.Module = demo_package("torchvision.models").get_model(name, weights=None, **_options(name))
     return model
 
 
-def _torchvision(name: str, *, default: bool) -> nn.Module:
-    models = demo_package("torchvision.models")
-    options: dict[str, Any] = {}
-    if name in _AUXILIARY:
-        options["aux_logits"] = False
-        if not default:
-            options["init_weights"] = True
+def _options(name: str) -> dict[str, Any]:
+    if name not in _AUXILIARY_HEADS:
+        return {}
+    # transform_input as torchvision's weights want it: always on, so that a file means the same wherever it came from;
+    # init_weights because leaving it out warns
+    return {"aux_logits": False, "init_weights": True, "transform_input": True}
+
+
+def _with_default_weights(name: str) -> nn.Module:
+    if name == DIGITS_MODEL:
+        raise UsageError(f"--weights {_DEFAULT}: {name} has none to download; leave --weights out or pass a file")
+    # no auxiliary options: torchvision insists on heads while it loads, and drops them afterwards if at all
+    model: nn.Module
     try:
-        model: nn.Module = models.get_model(name, weights="DEFAULT" if default else None, **options)
-    except (OSError, RuntimeError) as error:
+        model = demo_package("torchvision.models").get_model(name, weights=_DEFAULT, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
-            f"--weights DEFAULT: torchvision's weights for {name} cannot be had ({error}); pass a .safetensors file"
+            f"--weights {_DEFAULT}: torchvision's weights for {name} cannot be had ({reason}); allow the download, or "
+            "pass a .safetensors file"
         ) from error
+    if name in _AUXILIARY_HEADS:
+        model.aux_logits = False  # type: ignore[assignment]
+        for head in _AUXILIARY_HEADS[name]:
+            setattr(model, head, None)
     return model
 
 
-def _classifier(model: nn.Module) -> str:
-    """Name of the layer whose outputs are the classes."""
-    if type(model).__name__ == "SqueezeNet":
-        return "classifier.1"
-    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return linear[-1]
+def _classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Name and layer whose outputs are the classes: the last linear one, in SqueezeNet the last convolution."""
+    linear: dict[str, nn.Linear | nn.Conv2d] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    return list((linear or convolutions).items())[-1]
 
 
-def _outputs(model: nn.Module, found: dict[str, Tensor]) -> int | None:
-    """Classes of the classifier in a file; None where it has none under the expected name."""
-    weight = found.get(f"{_classifier(model)}.weight")
-    return None if weight is None or weight.dim() == 0 else len(weight)
+def _outputs_in(found: Mapping[str, Tensor], model: nn.Module) -> int:
+    """Classes that a file was made for; the model's own where the file has no classifier of that name."""
+    name, layer = _classifier(model)
+    weight = found.get(f"{name}.weight")
+    # a weight of a wholly different shape is reported by _load
+    return len(weight if weight is not None and weight.shape[1:] == layer.weight.shape[1:] else layer.weight)
 
 
-def _replace_classifier(model: nn.Module, classes: int) -> None:
-    name = _classifier(model)
-    parent, _, attribute = name.rpartition(".")
-    owner, old = model.get_submodule(parent), model.get_submodule(name)
-    new: nn.Module
+def _set_outputs(model: nn.Module, classes: int) -> None:
+    """Put a new classifier layer, freshly initialised, under the name of the old one unless the size is right."""
+    name, old = _classifier(model)
+    if len(old.weight) == classes:
+        return
+    new: nn.Linear | nn.Conv2d
     if isinstance(old, nn.Conv2d):
         new = nn.Conv2d(old.in_channels, classes, kernel_size=1)
-        nn.init.normal_(new.weight, mean=0.0, std=0.01)  # as torchvision's SqueezeNet starts its final convolution
-        nn.init.zeros_(new.bias) if new.bias is not None else None
-        model.num_classes = classes  # type: ignore[assignment]
+        nn.init.normal_(new.weight, mean=0.0, std=0.01)  # as torchvision's SqueezeNet starts this layer
+        if new.bias is not None:
+            nn.init.zeros_(new.bias)
     else:
-        assert isinstance(old, nn.Linear)
         new = nn.Linear(old.in_features, classes, bias=old.bias is not None)
-    setattr(owner, attribute, new)
+    model.set_submodule(name, new)
+    if hasattr(model, "num_classes"):
+        model.num_classes = classes  # type: ignore[assignment]
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise UsageError(f"--weights {path}: no such file; expected a .safetensors file or DEFAULT")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise UsageError(f"--weights {path}: {what}; expected a .safetensors file or {_DEFAULT}")
     try:
-        found = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"--weights {path} is not a readable safetensors file ({error})") from error
+        found = load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--weights {path} is not a readable safetensors file ({error}); save weights with "
+            "safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from error
     # files may keep float16 where that lost nothing that matters
     return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
 
 
-def _load(model: nn.Module, found: dict[str, Tensor], path: str) -> None:
+def _load(model: nn.Module, found: Mapping[str, Tensor], path: str, *, ignored: tuple[str, ...]) -> None:
+    """Load every tensor of a file into the model; nothing may be left over on either side but ``ignored`` modules."""
     own = model.state_dict()
-    if type(model).__name__ in ("GoogLeNet", "Inception3"):
-        found = {key: value for key, value in found.items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
-    missing = [key for key in own if key not in found]
+    found = {key: value for key, value in found.items() if key.partition(".")[0] not in ignored}
+    # files from before PyTorch 0.4.1 have no such counter, and load_state_dict starts it itself
+    missing = [key for key in own if key not in found and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in found if key not in own]
     misshapen = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}"
@@ -135,6 +171,9 @@ def _load(model: nn.Module, found: dict[str, Tensor], path: str) -> None:
         if keys
     ]
     if problems:
-        raise UsageError(f"--weights {path} does not fit {type(model).__name__}: keys {'; '.join(problems)}")
+        raise UsageError(
+            f"--weights {path} does not fit {type(model).__name__}: of its {len(own)} tensors, {'; '.join(problems)}; "
+            "pass the --model that the file was made from"
+        )
     with torch.no_grad():
         model.load_state_dict(found)

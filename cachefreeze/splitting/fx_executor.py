@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from cachefreeze.errors import SplitError
+from cachefreeze.freezing import FrozenLock
 from cachefreeze.isolation import eval_mode
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
 from cachefreeze.tracing import Example, Tracer, default_arguments
@@ -137,6 +138,14 @@ class _Tracing:
         boundary = site.model.get_submodule(call.name)
         if isinstance(boundary, nn.Sequential) and type(boundary).forward is nn.Sequential.forward:
             self.opened.append(call.name)  # its parameter-free start may belong to the prefix
+        for name in self.opened:
+            module = site.model.get_submodule(name)
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            if any(not isinstance(hook, FrozenLock) for hook in hooks):
+                raise SplitError(
+                    f"fx: module {name or type(module).__name__!r} encloses {site.name!r} and has forward hooks, which "
+                    "a traced forward would not run; remove them, or hook the modules inside it"
+                )
         parameters = dict(site.model.named_parameters())
         self.trainable = {id(p) for n, p in parameters.items() if p.requires_grad and n not in site.frozen}
 

@@ -57,7 +57,8 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
     """Open or create a store.
 
     Args:
-        where: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5``, or a store that is there already.
+        where: ``auto``, ``auto:DIR`` (on disk in DIR where memory is too small), ``device``, ``host``, ``hdf5:DIR``,
+            ``hdf5:FILE.h5``, or a store that is there already.
         wanted: What it must hold.
 
     Raises:
@@ -72,8 +73,8 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
             )
         return where
     tier, _, place = where.partition(":")
-    if tier == "auto" and not place:
-        tier = _fastest(wanted)
+    if tier == "auto":
+        tier, place = _fastest(wanted, place)
     if tier == "device" and not place:
         return DeviceStore(wanted.spec, wanted.device)
     if tier == "host" and not place:
@@ -98,15 +99,17 @@ def for_another(where: str | Store) -> str:
     return where
 
 
-def _fastest(wanted: Wanted) -> str:
+def _fastest(wanted: Wanted, folder: str) -> tuple[str, str]:
     needed_bytes = wanted.spec.nbytes
     if wanted.device.type != "cpu":
         free_bytes = free_device_bytes(wanted.device)
         if free_bytes is not None and needed_bytes <= _DEVICE_SHARE * free_bytes:
-            return "device"
+            return "device", ""
     free_bytes = free_host_bytes()
     if free_bytes is None or needed_bytes <= _HOST_SHARE * free_bytes:
-        return "host"
+        return "host", ""
+    if folder:
+        return "hdf5", folder
     raise StoreSpaceError(
         f"{wanted.spec.rows:,} rows of {wanted.spec.row_bytes:,} bytes need {needed_bytes:,} bytes; store='auto' takes "
         f"half of the {free_bytes:,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
