@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from cachefreeze.isolation import eval_mode, preserved_random_state
-from cachefreeze.tracing import Example, Tracer, Usage, default_arguments, usage_of
+from cachefreeze.isolation import eval_mode, plain_attention, preserved_random_state
+from cachefreeze.tracing import Example, Tracer, Usage, usage_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -99,6 +99,8 @@ def is_stochastic(module: nn.Module) -> bool:
     """Whether train mode changes what a module computes: batch statistics, dropout, stochastic depth."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return module.track_running_stats
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
     kind = type(module).__name__
     rate = getattr(module, "p", getattr(module, "drop_prob", None))
     return ("Drop" in kind or "StochasticDepth" in kind) and bool(rate)
@@ -166,8 +168,8 @@ def _forward_before(model: nn.Module, example: Example, listed: list[Block]) -> 
 
     handles = [model.get_submodule(b.name).register_forward_pre_hook(partial(note, b.name)) for b in listed]
     try:
-        with preserved_random_state(), eval_mode(model), torch.no_grad(), counter:
-            example.call(model)
+        with preserved_random_state(), eval_mode(model), torch.no_grad(), plain_attention(), counter:
+            example.fresh().call(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -185,9 +187,10 @@ def _crossing_bytes(model: nn.Module, example: Example, listed: list[Block]) -> 
 
     try:
         with eval_mode(model), preserved_random_state(), torch.no_grad():
-            graph = Tracer(is_leaf).trace(model, concrete_args=default_arguments(model, example))
+            graph = Tracer(is_leaf, example).trace(model)
             sizes = _Sizes(fx.GraphModule(model, graph), example.batch)
-            sizes.run(*example.args, *example.kwargs.values())
+            own = example.fresh()
+            sizes.run(*own.args, *own.kwargs.values())
     except Exception:  # untraceable models have no such figure yet; the attribute says None
         return {}
     nodes = list(graph.nodes)

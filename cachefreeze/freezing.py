@@ -220,7 +220,7 @@ def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | 
         if evaluate:
             module.eval()
         elif had and not any(is_locked(parent) for parent in _ancestors(model, name)):
-            module.training = model.training
+            module.train(model.training)  # with what it holds: its lock put that to eval mode too
 
 
 def runs_before(model: nn.Module, usage: Usage, event: int) -> Iterable[str]:

@@ -79,14 +79,30 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Whatever a forward in train mode writes into buffers, their values are as before on exit."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer  # a forward may bind a buffer anew
                 if not torch.equal(buffer, value):  # an untouched buffer keeps its version counter
                     buffer.copy_(value)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without the fused attention of eval mode, which the FLOP counter takes for no work at all."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

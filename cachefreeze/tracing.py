@@ -126,6 +126,13 @@ class Example:
         args, kwargs = pytree.tree_map(pick, (self.args, self.kwargs))
         return Example(args, kwargs)
 
+    def fresh(self) -> Example:
+        """The same inputs in tensors of their own: a forward may write into what it is given."""
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Example(args, kwargs)
+
     def to(self, device: torch.device) -> Example:
         """The same inputs on ``device``."""
         args, kwargs = pytree.tree_map(
@@ -138,6 +145,14 @@ class Example:
         return model(*self.args, **self.kwargs)
 
 
+# Asking a weight for these is no use of it: many a forward begins with ``x.to(self.head.weight.dtype)``.
+METADATA = frozenset({
+    "device", "dtype", "grad", "grad_fn", "is_cuda", "is_leaf", "layout", "nbytes", "ndim", "requires_grad", "shape",
+    "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point", "nelement", "numel",
+    "size", "stride", "__len__",
+})  # fmt: skip
+
+
 class Tracer(fx.Tracer):
     """``torch.fx`` with the model libraries' own leaf modules and functions.
 
@@ -145,7 +160,9 @@ class Tracer(fx.Tracer):
     torchvision.models.feature_extraction (torchvision.ops), timm.models._features_fx.
     """
 
-    def __init__(self, is_leaf: Callable[[nn.Module, str], bool] | None = None) -> None:
+    def __init__(
+        self, is_leaf: Callable[[nn.Module, str], bool] | None = None, given: Example | None = None
+    ) -> None:
         vision = sys.modules.get("torchvision.ops")
         timm = sys.modules.get("timm.models._features_fx")
         modules = (math,) if vision is None else (math, vision)
@@ -157,6 +174,33 @@ class Tracer(fx.Tracer):
         if timm is not None:
             self._library += tuple(timm.get_notrace_modules())
         self._is_leaf = is_leaf
+        self._given = given
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One placeholder per given input, in the order given; what was not given keeps its default.
+
+        ``concrete_args`` would do the same but flattens the output of a forward that has a container among its
+        defaults. An input without tensors (a flag) is taken as the constant it is.
+        """
+        required = [
+            p.name
+            for p in list(inspect.signature(root_fn).parameters.values())[1:]
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        given = Example((), dict.fromkeys(required, torch.empty(0))) if self._given is None else self._given
+        names = [name for name in list(inspect.signature(root_fn).parameters)[1:] if name not in given.kwargs]
+        names += [f"input_{at}" for at in range(len(names), len(given.args))]  # what *args takes
+        proxies = []
+        for name, value in [*zip(names, given.args, strict=False), *given.kwargs.items()]:
+            proxy = self.create_proxy("placeholder", name, (), {})
+            constant = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+            proxies.append(value if constant else proxy)
+        positional, keywords = proxies[: len(given.args)], dict(zip(given.kwargs, proxies[len(given.args) :], strict=True))
+
+        def forward(root: nn.Module) -> Any:
+            return root_fn(root, *positional, **keywords)
+
+        return forward, [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Leaves are torch's and the libraries' own modules, unless a rule was given."""
@@ -176,9 +220,10 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
 
     class _Parameters(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for leaf in pytree.tree_leaves((args, kwargs or {})):
-                if isinstance(leaf, nn.Parameter):
-                    events.parameter(leaf)
+            if _operation(func) not in METADATA:
+                for leaf in pytree.tree_leaves((args, kwargs or {})):
+                    if isinstance(leaf, nn.Parameter):
+                        events.parameter(leaf)
             return func(*args, **(kwargs or {}))
 
     handles = []
@@ -187,7 +232,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
         handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: events.leave(n)))
     try:
         with preserved_random_state(), eval_mode(model), torch.no_grad(), _Parameters():
-            inputs.call(model)
+            inputs.fresh().call(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -208,15 +253,20 @@ def trace_usage(model: nn.Module) -> Usage:
             events.leave(name)
             return result
 
-        def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-            if isinstance(attr_val, nn.Parameter):
-                events.parameter(attr_val)
-            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+            node = super().create_node(kind, target, args, kwargs, *rest, **more)
+            if not asks_metadata(node):
+                for parent in node.all_input_nodes:
+                    if parent.op == "get_attr":
+                        value = attribute(model, str(parent.target))
+                        if isinstance(value, nn.Parameter):
+                            events.parameter(value)
+            return node
 
     events.enter("")
     try:
         with eval_mode(model), preserved_random_state():
-            _Order().trace(model, concrete_args=default_arguments(model))
+            _Order().trace(model)
     except Exception as error:  # any op of the user's forward may refuse a proxy, with any exception
         warnings.warn(
             f"the forward of {type(model).__name__} cannot be read without inputs ({_first_line(error)}); blocks are "
@@ -238,17 +288,25 @@ def usage_of(model: nn.Module, inputs: Example | None = None) -> Usage:
     return trace_usage(model) if inputs is None else record_usage(model, inputs)
 
 
-def default_arguments(model: nn.Module, given: Example | None = None) -> dict[str, Any]:
-    """Arguments of ``forward`` that the trace must take as constants: those with a default that were not given."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named = {p.name for p in positional[: len(given.args)]} | set(given.kwargs) if given is not None else set()
-    keep = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_ONLY}
-    return {
-        p.name: p.default
-        for p in parameters
-        if p.kind in keep and p.default is not inspect.Parameter.empty and p.name not in named
-    }
+def asks_metadata(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape, dtype or device rather than its values."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in METADATA
+    return node.op == "call_method" and node.target in METADATA
+
+
+def attribute(model: nn.Module, path: str) -> Any:
+    """What a ``get_attr`` node refers to."""
+    value: Any = model
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _operation(func: Any) -> str:
+    """The name of what a TorchFunctionMode intercepted: of the attribute, when it is a property's getter."""
+    name = str(getattr(func, "__name__", ""))
+    return str(getattr(getattr(func, "__self__", None), "__name__", "")) if name == "__get__" else name
 
 
 class _Events:

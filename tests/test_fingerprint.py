@@ -41,10 +41,11 @@ def make_data():
 
 
 def run(folder, model=None, data=None, **options):
-    """One pass; rows computed in it, and the names of the cache files."""
+    """One pass; the rows computed in it."""
+    batch_size = options.pop("batch_size", 8)
     loader_options = {key: options.pop(key) for key in ("version", "view") if key in options}
     engine = cf.Engine(model or make_model(), f"hdf5:{folder}", **options)
-    loader = engine.loader(DataLoader(data or make_data(), options.pop("batch_size", 8)), **loader_options)
+    loader = engine.loader(DataLoader(data or make_data(), batch_size), **loader_options)
     for x, _ in loader:
         engine(x)
     engine.close()
@@ -202,7 +203,7 @@ def test_a_named_file_made_by_another_model_is_refused(tmp_path):
     run(path)
     assert run(path) == 0
     before = path.read_bytes()
-    with pytest.raises(StaleCacheError, match="weights: .* -> "):
+    with pytest.raises(StaleCacheError, match=r"weights: .* -> "):
         run(path, **CHANGES["one bit of a weight"]())
     assert path.read_bytes() == before
 

@@ -195,6 +195,7 @@ class TestCUDA:
         assert all(tensor.is_pinned() for tensor in store.read(rows_of(1)).values())
         assert not any(tensor.is_pinned() for tensor in HostStore(SPEC, pin=False).read(rows_of()).values())
 
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, as torch says once
     def test_device_store_does_not_synchronise(self):
         """Neither reading nor writing waits for the device."""
         store = DeviceStore(SPEC, "cuda")

@@ -138,7 +138,8 @@ def _cifar10(image_size: int) -> Data:
 
 def _packed_cifar10(packed: Path, transform: Any) -> tuple[Dataset[Any], Dataset[Any], tuple[str, ...]]:
     try:
-        with np.load(packed, allow_pickle=False) as arrays:
+        # opened here, because numpy leaves a damaged archive open
+        with packed.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             train, val = (
                 JpegImages(arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"], arrays[f"{split}_labels"], transform)
                 for split in ("train", "test")

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -115,8 +114,10 @@ def _outputs_in(found: Mapping[str, Tensor], model: nn.Module) -> int:
     """Classes that a file was made for; the model's own where the file has no classifier of that name."""
     name, layer = _classifier(model)
     weight = found.get(f"{name}.weight")
-    # a weight of a wholly different shape is reported by _load
-    return len(weight if weight is not None and weight.shape[1:] == layer.weight.shape[1:] else layer.weight)
+    # one of a wholly different shape, or with no output at all, is reported by _load
+    if weight is None or weight.shape[1:] != layer.weight.shape[1:] or weight.numel() == 0:
+        return len(layer.weight)
+    return len(weight)
 
 
 def _set_outputs(model: nn.Module, classes: int) -> None:
@@ -157,7 +158,7 @@ def _load(model: nn.Module, found: Mapping[str, Tensor], path: str, *, ignored: 
     """Load every tensor of a file into the model; nothing may be left over on either side but ``ignored`` modules."""
     own = model.state_dict()
     found = {key: value for key, value in found.items() if key.partition(".")[0] not in ignored}
-    # files from before PyTorch 0.4.1 have no such counter, and load_state_dict starts it itself
+    # files from before PyTorch 0.4.1 have no such counter; it then starts at 0
     missing = [key for key in own if key not in found and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in found if key not in own]
     misshapen = [
@@ -175,5 +176,6 @@ def _load(model: nn.Module, found: Mapping[str, Tensor], path: str, *, ignored: 
             f"--weights {path} does not fit {type(model).__name__}: of its {len(own)} tensors, {'; '.join(problems)}; "
             "pass the --model that the file was made from"
         )
-    with torch.no_grad():
-        model.load_state_dict(found)
+    # into the model's own dictionary, which carries the versions that some modules (MNASNet) insist on
+    own.update(found)
+    model.load_state_dict(own)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.freezing import boundary_event, boundary_of, is_locked, runs_before
-from cachefreeze.isolation import eval_mode, preserved_random_state
+from cachefreeze.isolation import eval_mode, plain_attention, preserved_random_state
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.verification import verify
@@ -120,9 +120,9 @@ def _check_modes(site: Site) -> None:
 
 def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
     some = example.take([0, 1])
-    with preserved_random_state(), eval_mode(model), torch.no_grad():
+    with preserved_random_state(), eval_mode(model), torch.no_grad(), plain_attention():
         with FlopCounterMode(display=False) as whole:
-            some.call(model)
+            some.fresh().call(model)
         with FlopCounterMode(display=False) as before:
             some.call(cut.prefix)
     total = whole.get_total_flops()

@@ -8,18 +8,21 @@ the order of in-place writes. There is one graph for train and one for eval; bot
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError
 from cachefreeze.freezing import FrozenLock
 from cachefreeze.isolation import eval_mode
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
-from cachefreeze.tracing import Example, Tracer, default_arguments
+from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
 
 # Deterministic and parameter-free, and never larger than their input: right after the prefix they belong to it,
 # since rows behind them are smaller (a pooled head's are up to 49 times) or save the suffix the work.
@@ -43,6 +46,9 @@ _TAIL_FUNCTIONS = _VIEWS | {
 }  # fmt: skip
 
 
+_Constant = int | float | bool | str | torch.dtype | torch.device | NoneType
+
+
 class FxExecutor:
     """Cut a traceable model; see the module's docstring."""
 
@@ -56,10 +62,25 @@ class FxExecutor:
         with site.mode(train=False):
             evaluate = tracing.graph()
         end = _common_end(tracing, train, evaluate)
+        refusal: SplitError | None = None
+        while True:
+            try:
+                return self._cut_at(end, site, example, tracing, train, evaluate)
+            except SplitError as error:
+                # a fold of batch and time, for one, has no row: what needs no weights can run in the suffix as well
+                refusal = refusal or error
+                if not _is_free(list(evaluate.nodes)[end - 1]):
+                    raise refusal from None
+                end -= 1
+
+    def _cut_at(
+        self, end: int, site: Site, example: Example, tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph
+    ) -> Cut:
         crossing = sorted(_crossing(train, end) | _crossing(evaluate, end))
         prefix_graph = _prefix_graph(evaluate, end, crossing)
         prefix = Prefix(fx.GraphModule(site.model, prefix_graph, "PrefixGraph"))
-        values = [_record(prefix, example, site.model, count) for count in (2, 3)]
+        values = [_record(prefix, example, [i % example.batch for i in range(count)]) for count in (2, 3)]
+        _check_constants(list(evaluate.nodes), crossing, values[0], prefix, example)
         recipe = _Recipe(evaluate, end, crossing, *values)
         suffix = Suffix(site.model, tracing.open_modules(), lambda: recipe.suffix(tracing.graph(), site.model))
         with site.mode(train=True):
@@ -165,9 +186,8 @@ class _Tracing:
                 return result
 
         model = self.site.model
-        constants = default_arguments(model, self.example)
         try:
-            graph = _Cutting(lambda _m, name: name not in opened).trace(model, concrete_args=constants)
+            return _Cutting(lambda _m, name: name not in opened, self.example).trace(model)
         except Exception as error:  # the user's forward may refuse a proxy with any exception
             where = next((name for name in reversed(inside) if name in opened), "")
             owner = type(model.get_submodule(where)).__name__
@@ -176,8 +196,6 @@ class _Tracing:
             raise SplitError(
                 f"fx cannot trace {place}, which encloses {self.site.name!r}: {type(error).__name__}: {''.join(first)}"
             ) from error
-        _drop_constants(graph, constants)
-        return graph
 
     def end(self, graph: fx.Graph) -> int:
         """Position of the first node that belongs to the boundary or uses a trainable parameter."""
@@ -189,7 +207,8 @@ class _Tracing:
                     return position
                 if any(id(p) in self.trainable for p in model.get_submodule(target).parameters()):
                     return position
-            if node.op == "get_attr" and id(_attribute(model, str(node.target))) in self.trainable:
+            weights = (parent for parent in node.all_input_nodes if parent.op == "get_attr")
+            if any(id(attribute(model, str(w.target))) in self.trainable for w in weights) and not asks_metadata(node):
                 return position
         raise SplitError(f"fx: the traced forward of {type(model).__name__} never reaches {self.site.name!r}")
 
@@ -219,33 +238,8 @@ def _in_tail(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-        return isinstance(module, _TAIL_MODULES) and not hooked
+        return type(module) in _TAIL_MODULES and not hooked  # a subclass may be anything
     return node.op in ("call_function", "call_method") and node.target in _TAIL_FUNCTIONS
-
-
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _drop_constants(graph: fx.Graph, constants: dict[str, Any]) -> None:
-    """Remove the placeholders of arguments that were fixed, and the assertions on them."""
-    for node in list(graph.nodes):
-        # fx names the placeholder of a fixed argument after it with a running number
-        if node.op == "placeholder" and node.target not in constants:
-            stem, _, number = str(node.target).rpartition("_")
-            if stem in constants and number.isdigit():
-                for user in list(node.users):
-                    _erase(graph, user)
-                graph.erase_node(node)
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase(graph, user)
-    graph.erase_node(node)
 
 
 def _from_inputs(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -278,10 +272,36 @@ def _prefix_graph(graph: fx.Graph, end: int, crossing: list[int]) -> fx.Graph:
     return made
 
 
-def _record(prefix: Prefix, example: Example, model: nn.Module, count: int) -> tuple[Any, ...]:
-    some = example.take([i % example.batch for i in range(count)])
+def _record(prefix: Prefix, example: Example, samples: list[int]) -> tuple[Any, ...]:
+    some = example.take(samples)
     values: tuple[Any, ...] = prefix.values(*some.args, **some.kwargs)
     return values
+
+
+def _check_constants(
+    nodes: list[fx.Node], crossing: list[int], values: tuple[Any, ...], prefix: Prefix, example: Example
+) -> None:
+    """A number that crosses may follow from the batch's size, not from its samples: no row could carry it."""
+    found = [_plain(value) for value in values]
+    if not any(found):
+        return
+    for sample in (0, 1):
+        others = [_plain(value) for value in _record(prefix, example, [sample, sample])]
+        for position, value, other in zip(crossing, found, others, strict=True):
+            if value != other:
+                raise SplitError(
+                    f"{nodes[position].format_node()} crosses the boundary with a value read from the samples of the "
+                    f"batch ({value} or {other}), which no row can carry; train from a block before it"
+                )
+
+
+def _plain(value: Any) -> list[Any]:
+    return [leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, Tensor)]
+
+
+def _is_free(node: fx.Node) -> bool:
+    """Whether a node is an op on values: no input, no module and no weight."""
+    return node.op in ("call_function", "call_method") and not any(n.op == "get_attr" for n in node.all_input_nodes)
 
 
 class _Recipe:
@@ -299,11 +319,11 @@ class _Recipe:
         nodes = list(graph.nodes)
         self.before = [_signature(node) for node in nodes[:end]]
         self.values = {p: (a, b) for p, a, b in zip(crossing, at_two, at_three, strict=True)}
-        self.views = _shared_views(nodes, self.values)
+        self.same, self.views = _shared_memory(nodes, self.values)
         self.stored: list[int] = []
         self.tensors: list[BoundaryTensor] = []
         for position in crossing:
-            if position in self.views:
+            if position in self.views or position in self.same:
                 continue
             found = [
                 _describe(nodes[position], a, b)
@@ -329,7 +349,9 @@ class _Recipe:
         arriving = iter(rows)
         copies: dict[fx.Node, fx.Node] = {}
         for position, (at_two, at_three) in self.values.items():
-            if position not in self.views:
+            if position in self.same:
+                copies[nodes[position]] = copies[nodes[self.same[position]]]
+            elif position not in self.views:
                 copies[nodes[position]] = _remake(made, at_two, at_three, batch, arriving)
 
         def copy(node: fx.Node) -> fx.Node:
@@ -353,9 +375,7 @@ class _Recipe:
 def _leaves(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return []
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _tensors(values: tuple[Any, ...], kept: list[int] | None) -> tuple[Tensor, ...]:
@@ -384,14 +404,19 @@ def _remake(graph: fx.Graph, at_two: Any, at_three: Any, batch: fx.Node, rows: A
     """A crossing value in the suffix: rows for tensors, arithmetic on the batch size for shapes."""
     if isinstance(at_two, Tensor):
         return next(rows)
+    if isinstance(at_two, dict) and type(at_two) in (dict, OrderedDict):
+        entries = {key: _remake(graph, value, at_three[key], batch, rows) for key, value in at_two.items()}
+        return graph.call_function(dict, (entries,))
     if isinstance(at_two, tuple | list):
         items = [_remake(graph, a, b, batch, rows) for a, b in zip(at_two, at_three, strict=True)]
+        if hasattr(at_two, "_fields"):
+            return graph.call_function(type(at_two), tuple(items))
         return graph.call_function(list if isinstance(at_two, list) else tuple, (items,))
     if isinstance(at_two, int) and at_two != at_three:
         step = at_three - at_two
         scaled = graph.call_function(operator.mul, (batch, step))
         return graph.call_function(operator.add, (scaled, at_two - 2 * step))
-    if at_two == at_three and isinstance(at_two, int | float | bool | str | torch.dtype | torch.device):
+    if at_two == at_three and isinstance(at_two, _Constant):
         return graph.call_function(_constant, (at_two,))
     raise SplitError(f"a value of type {type(at_two).__name__} crosses the boundary and cannot be remade from rows")
 
@@ -401,18 +426,31 @@ def _constant(value: Any) -> Any:
     return value
 
 
-def _shared_views(nodes: list[fx.Node], values: dict[int, tuple[Any, Any]]) -> set[int]:
-    """Crossing values that are views of another crossing value: remade from it, so that writes reach both."""
+def _shared_memory(nodes: list[fx.Node], values: dict[int, tuple[Any, Any]]) -> tuple[dict[int, int], set[int]]:
+    """Crossing values in the memory of another one, so that a write must reach both.
+
+    Returns:
+        Positions that are the very tensor at another position (what an in-place module returns), and positions that
+        are views of another one and are remade from it.
+    """
+    same: dict[int, int] = {}
     views: set[int] = set()
-    storages: dict[int, int] = {}
+    owners: dict[int, int] = {}
     for position, (value, _) in values.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.numel():
             continue
-        storage = value.untyped_storage().data_ptr()
-        base = storages.setdefault(storage, position)
-        if base != position and _is_view_of(nodes[position], nodes[base]):
+        base = owners.setdefault(value.untyped_storage().data_ptr(), position)
+        if base == position:
+            continue
+        if _is_view_of(nodes[position], nodes[base]):
             views.add(position)
-    return views
+        elif _geometry(value) == _geometry(values[base][0]):
+            same[position] = base
+    return same, views
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _is_view_of(node: fx.Node, base: fx.Node) -> bool:

@@ -30,22 +30,24 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
         SplitError: The split is not the model; the message says in what.
         BatchDependentError: A row depends on the other samples of its batch.
     """
-    pairs = [example.take([0, 1]), example.take([0, 1, 2 % example.batch])]
+    two = _differing(example)
+    pairs = [two, two.take([0, 1, 0])]
     with preserved_random_state() as random_state, preserved_buffers(site.model):
         with site.mode(train=False), torch.no_grad():
             for some in pairs:
-                expected = some.call(site.model)
+                random_state.restore()  # a suffix may be random even in eval mode
+                expected = some.fresh().call(site.model)
                 random_state.restore()
-                rows = _rows(cut, _fresh(some))
+                rows = _rows(cut, some.fresh())
                 moved = random_state.moved()
                 if moved:
                     raise SplitError(
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
                         "so no row is fixed; train from an earlier block"
                     )
-                _compare("eval output", expected, cut.suffix(*rows), site)
-            _check_separable(cut, site, example)
-        with site.mode(train=True):
+                _compare("eval output", expected, _suffix(cut, rows, site), site)
+            _check_separable(cut, site, two)
+        with site.mode(train=True), torch.enable_grad():
             _compare_training(cut, site, pairs[0])
 
 
@@ -54,14 +56,37 @@ def _rows(cut: Cut, some: Example) -> list[Tensor]:
     return [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
 
 
-def _fresh(some: Example) -> Example:
-    return some.take(list(range(some.batch)))
+def _suffix(cut: Cut, rows: list[Tensor], site: Site) -> Any:
+    try:
+        return cut.suffix(*rows)
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
+        first = "".join(str(error).strip().splitlines()[:1])
+        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {type(error).__name__}: {first}") from error
+
+
+def _differing(example: Example) -> Example:
+    """Two samples that differ, else noise beside the first: two equal ones would show no dependence on a batch."""
+    for other in range(1, example.batch):
+        pair = example.take([0, other])
+        if any(not torch.equal(a[0], a[1]) for a in _batched(pair)):
+            return pair
+    pair = example.take([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    for tensor in _batched(pair):
+        if tensor.is_floating_point():
+            tensor[1] = torch.randn(tensor[1].shape, generator=generator).to(tensor)
+    return pair
+
+
+def _batched(pair: Example) -> list[Tensor]:
+    leaves = pytree.tree_leaves((pair.args, pair.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 2]
 
 
 def _check_separable(cut: Cut, site: Site, example: Example) -> None:
-    together = _rows(cut, example.take([0, 1]))
+    together = _rows(cut, example.fresh())
     for sample in (0, 1):
-        alone = _rows(cut, example.take([sample, sample]))
+        alone = _rows(cut, example.take([sample] * 3))  # other samples, and another number of them
         for spec, all_rows, one in zip(cut.tensors, together, alone, strict=True):
             wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
             if not _close(wanted, got, _ACROSS_BATCHES):
@@ -78,8 +103,8 @@ def _sample(rows: Tensor, spec: BoundaryTensor, index: int) -> Tensor:
 def _compare_training(cut: Cut, site: Site, some: Example) -> None:
     """One seeded forward and backward of the model and of the split: outputs, gradients, buffers."""
     trained = {n: p for n, p in site.model.named_parameters() if p.requires_grad}
-    whole = _train_once(site.model, trained, lambda: _fresh(some).call(site.model))
-    split = _train_once(site.model, trained, lambda: cut.suffix(*_rows(cut, _fresh(some))))
+    whole = _train_once(site.model, trained, lambda: some.fresh().call(site.model))
+    split = _train_once(site.model, trained, lambda: _suffix(cut, _rows(cut, some.fresh()), site))
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole, split, strict=True):
         _compare(what, expected, got, site)
 

@@ -55,7 +55,7 @@ Verify = Literal["first", "always", "never"]
 SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a power cut costs, and the stall at commit()
 
 # Superblock 3 and version 2 object headers, the checksummed ones, without what only the newest libhdf5 can read
-# ("latest" of HDF5 2.0 writes messages that 1.14 refuses).
+# ("latest" of HDF5 2.0 writes version 5 datatype messages, which 1.10 to 1.14 do not know).
 _LIBVER = ("v110", "v110")
 
 
@@ -252,7 +252,6 @@ class HDF5Store(Store):
         records["flags"] = COMPLETE
         recorded = self._records["row_plus_1"][index] != 0
         self._present.numpy()[index] = False
-        self._verified[index] = False
         try:
             self._write_runs(index, raw, records, recorded)
         except OSError as error:

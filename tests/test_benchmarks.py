@@ -1,0 +1,69 @@
+"""Each benchmark runs: its smoke mode ends, and its last line is what a script reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str, **environment: str) -> list[str]:
+    # one thread: a smoke run is about whether, not how fast, and threads that wait for each other on a busy machine
+    # take seconds where one takes milliseconds
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_epoch_timings(tmp_path):
+    """Every variant is there, came from where it should, and computed what the frozen one computed."""
+    out = tmp_path / "results" / "digits.json"
+    lines = run("epoch_timings.py", "--smoke", "--device", "cpu", "--out", str(out))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    assert {"schema", "benchmark", "config", "hardware", "versions", "load_average", "variants"} <= set(found)
+    assert {"cpu", "cores", "memory_bytes", "gpu"} <= set(found["hardware"])
+    variants = found["variants"]
+    assert list(variants) == ["live", "frozen", "host", "hdf5", "ceiling"]
+    # the first epoch of a tier is its fill, every other one is cached
+    assert [row["sources"] for row in variants.values()] == [
+        ["live"], ["frozen"], ["cached", "fill"], ["cached", "fill"], ["ceiling"],
+    ]  # fmt: skip
+    for name, row in variants.items():
+        assert len(row["seconds"]) == found["config"]["rounds"], name
+        assert 0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"], name
+        assert (row["fill_seconds"] is not None) == (name in ("host", "hdf5")), name
+        assert row["to_frozen"] > 0, name
+        assert row["to_ceiling"] > 0, name
+    assert variants["host"]["losses_equal_frozen"]
+    assert variants["hdf5"]["losses_equal_frozen"]
+    assert not variants["live"]["losses_equal_frozen"]
+    header = next(line for line in lines if "epoch s" in line)
+    assert "fill s" in header
+    assert "break-even" in header
+
+
+def test_gpu_without_cuda():
+    """Where there is no CUDA, the GPU script says so in one line and succeeds."""
+    lines = run("gpu.py", CUDA_VISIBLE_DEVICES="")
+    assert len(lines) == 1
+    assert "CUDA is not available" in lines[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gpu_smoke():
+    """With CUDA it runs the marked tests and a timing table with the device tier."""
+    # not this file, which would run itself
+    found = json.loads(run("gpu.py", "--smoke", "--tests", "tests/test_gpu.py")[-1])
+    assert found["tests"]["exit_status"] == 0, found["tests"]
+    assert "device" in found["timings"][0]["variants"]

@@ -1,0 +1,331 @@
+"""Each path that touches a CUDA device: stores, staging, splits, autocast, random states, and no hidden waiting.
+
+Tolerances. Convolutions and matrix products on a GPU may use TF32 and another kernel for another batch size, so what
+is compared here runs in plain float32 (``ieee_float32``) and deterministic kernels are not asked for: rows that were
+computed in batches of another composition agree with the model's own activations to 1e-5 of the largest magnitude,
+losses of a few steps from equal weights to 1e-4 relative.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import cachefreeze as cf
+from cachefreeze.errors import StaleCacheError
+from cachefreeze.isolation import RandomState
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+COUNT, BATCH = 40, 8
+ROW_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
+TIERS = ["device", "host", "hdf5"]
+
+
+@pytest.fixture(autouse=True)
+def ieee_float32():
+    """No TF32: its 10 bits of mantissa would hide what is compared here."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@contextmanager
+def no_synchronisation():
+    """Raise where torch would make the host wait for the device."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # a prototype, as torch says once
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class SmallCNN(nn.Module):
+    """A frozen part with batch norm, a trainable part with batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def made(seed=0):
+    torch.manual_seed(seed)
+    model = SmallCNN()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics that a fresh module would not show to be used
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+    return model.cuda()
+
+
+def frozen(seed=0):
+    model = made(seed)
+    cf.freeze(model, train_from="body")
+    return model
+
+
+def samples():
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(COUNT, 3, 8, 8, generator=generator), torch.randint(5, (COUNT,), generator=generator)
+    )
+
+
+def loader(**options):
+    return DataLoader(samples(), BATCH, shuffle=True, generator=torch.Generator().manual_seed(2), **options)
+
+
+def store_of(tier, tmp_path):
+    return f"hdf5:{tmp_path}" if tier == "hdf5" else tier
+
+
+def train(engine, batches, epochs):
+    """Losses of every step, and where each epoch's rows came from."""
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    losses, sources = [], []
+    for _ in engine.epochs(epochs):
+        engine.model.train()
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(engine(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        sources.append(batches.source)
+    return torch.stack(losses).cpu(), sources
+
+
+# --- the tiers ---
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_rows_are_the_prefix(tier, tmp_path):
+    """Filled or cached, what arrives is on the model's device and is what the prefix makes of that sample."""
+    engine = cf.Engine(frozen(), store_of(tier, tmp_path))
+    batches = engine.loader(loader())
+    assert next(iter(engine.cache.info().values()))["tier"] == tier
+    dataset = samples()
+    with torch.no_grad():
+        expected = engine.model.stem(dataset.tensors[0].cuda())
+    for source in ("fill", "cached"):
+        order = DataLoader(dataset, BATCH, shuffle=True, generator=batches.dataloader.generator.clone_state())
+        for (x, y), (raw, label) in zip(batches, order, strict=True):
+            assert x.tensors[0].device == y.device == next(engine.model.parameters()).device
+            assert torch.equal(y.cpu(), label)
+            index = (dataset.tensors[0].unsqueeze(0) == raw.unsqueeze(1)).flatten(2).all(2).int().argmax(1)
+            wanted = expected[index.cuda()]
+            assert torch.allclose(x.tensors[0], wanted, rtol=0, atol=ROW_TOLERANCE * float(wanted.abs().max()))
+        assert batches.source == source
+    engine.close()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_training_agrees_with_no_cache(tier, tmp_path):
+    """Three epochs, cached and uncached, from equal weights and seeds: the same losses within the tolerance."""
+    model = frozen()
+    reference = cf.Engine(copy.deepcopy(model), "off")
+    wanted, sources = train(reference, reference.loader(loader()), 3)
+    assert sources == ["frozen"] * 3
+    engine = cf.Engine(model, store_of(tier, tmp_path))
+    got, sources = train(engine, engine.loader(loader()), 3)
+    assert sources == ["fill", "cached", "cached"]
+    assert torch.allclose(got, wanted, rtol=LOSS_TOLERANCE, atol=0)
+    engine.close()
+    # running statistics of what trains moved alike; of what is frozen, not at all
+    for (name, a), (_, b) in zip(reference.model.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4), name
+    assert torch.equal(model.stem[1].running_mean, made().stem[1].running_mean)
+
+
+def test_hdf5_is_reused_by_a_cuda_model(tmp_path):
+    """A second engine on the same device finds the file's rows and computes none."""
+    first = cf.Engine(frozen(), f"hdf5:{tmp_path}")
+    for _ in first.loader(loader(), name="train"):
+        pass
+    first.close()
+    second = cf.Engine(frozen(), f"hdf5:{tmp_path}")
+    batches = second.loader(loader(), name="train")
+    for _ in batches:
+        pass
+    assert (batches.source, batches.counts.cached) == ("cached", COUNT)
+    second.close()
+
+
+def test_workers_and_pinned_batches():
+    """Batches that workers fetched and the pin thread pinned fill the store as any others do."""
+    engine = cf.Engine(frozen(), "device")
+    batches = engine.loader(loader(num_workers=2, pin_memory=True))
+    sources = []
+    for _ in range(2):
+        for x, y in batches:
+            assert x.tensors[0].is_cuda
+            assert y.is_cuda
+        sources.append(batches.source)
+    assert sources == ["fill", "cached"]
+
+
+def test_a_batch_is_the_caller_s():
+    """Writing into a batch, as an in-place ReLU would, leaves the rows of the device store as they were."""
+    engine = cf.Engine(frozen(), "device")
+    batches = engine.loader(DataLoader(samples(), BATCH))
+    first = [x.tensors[0].clone() for x, _ in batches]
+    for x, _ in batches:
+        x.tensors[0].zero_()
+    assert all(torch.equal(x.tensors[0], wanted) for (x, _), wanted in zip(batches, first, strict=True))
+
+
+def test_staged_batches_outlive_their_staging():
+    """Many batches queued at once through reused pinned buffers each arrive with their own rows."""
+    count, width = 4096, 1024
+    store = cf.HostStore(
+        cf.StoreSpec(rows=count, fields=(cf.FieldSpec(name="activation.0", shape=(width,), dtype=torch.float32),))
+    )
+    store.write(torch.arange(count), {"activation.0": torch.arange(count).float().unsqueeze(1).expand(-1, width)})
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).split(64)
+    busy = torch.randn(2048, 2048, device="cuda")
+    arrived = []
+    for rows in order:
+        busy = busy @ busy * 1e-3  # the copies queue up behind this, so a buffer reused too early would show
+        batch = store.read(rows)["activation.0"]
+        assert batch.is_pinned()
+        arrived.append(batch.to("cuda", non_blocking=True))
+        del batch
+    for rows, got in zip(order, arrived, strict=True):
+        assert torch.equal(got.cpu(), rows.float().unsqueeze(1).expand(-1, width))
+
+
+# --- autocast ---
+
+
+def test_rows_under_autocast():
+    """The engine's autocast makes bfloat16 rows; the suffix takes them under the same autocast and under no other."""
+    engine = cf.Engine(frozen(), "device", autocast=torch.bfloat16)
+    batches = engine.loader(loader())
+    engine.model.train()
+    x, y = next(iter(batches))
+    assert x.tensors[0].dtype == torch.bfloat16
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = functional.cross_entropy(engine(x), y)
+    loss.backward()
+    assert engine.model.head.weight.grad.isfinite().all()
+    with pytest.raises(StaleCacheError, match="autocast"):
+        engine(x)
+    with torch.autocast("cuda", dtype=torch.float16), pytest.raises(StaleCacheError, match="autocast"):
+        engine(x)
+
+
+def test_ambient_autocast_does_not_reach_the_prefix():
+    """Rows of an engine without autocast are float32 whatever is ambient, and then refused under autocast."""
+    engine = cf.Engine(frozen(), "device")
+    batches = engine.loader(loader())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        x, _ = next(iter(batches))
+        assert x.tensors[0].dtype == torch.float32
+        with pytest.raises(StaleCacheError, match="autocast"):
+            engine(x)
+
+
+# --- random states ---
+
+
+def test_random_states_are_preserved():
+    """Splitting, probing and filling leave CUDA's random state, and the others, as they were."""
+    torch.cuda.init()
+    model = frozen()
+    torch.cuda.manual_seed_all(7)
+    torch.rand(3, device="cuda")
+    before = RandomState.capture()
+    assert before.torch_cuda
+    engine = cf.Engine(model, "device")
+    batches = engine.loader(loader())
+    assert before.moved() == []
+    engine.cache.fill(batches)
+    assert before.moved() == []
+    cf.split(model, samples().tensors[0][:3].cuda())
+    assert before.moved() == []
+    engine.cache.verify()
+    assert before.moved() == []
+
+
+# --- waiting ---
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_no_step_of_a_cached_epoch_waits(tier, tmp_path):
+    """After the pass has begun, reading rows, forward, backward and optimizer step never wait for the device.
+
+    A pass begins with one comparison of the prefix's weights with those that the rows were made of, which reads them:
+    one wait per epoch, before the first batch.
+    """
+    engine = cf.Engine(frozen(), store_of(tier, tmp_path))
+    batches = engine.loader(loader())
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
+    engine.model.train()
+
+    def step(x, y):
+        optimizer.zero_grad()
+        functional.cross_entropy(engine(x), y).backward()
+        optimizer.step()
+
+    for x, y in batches:
+        step(x, y)
+    remaining = iter(batches)
+    step(*next(remaining))
+    steps = 1
+    with no_synchronisation():
+        for x, y in remaining:
+            step(x, y)
+            steps += 1
+    assert steps == COUNT // BATCH
+    assert batches.source == "cached"
+    engine.close()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_batches_do_not_wait_behind_queued_work(tier, tmp_path):
+    """Handing out a batch returns while the device is still busy with earlier work.
+
+    The sync debug mode does not see a copy from pageable memory wait in the driver, so this watches an event.
+    """
+    engine = cf.Engine(made_wide(), store_of(tier, tmp_path))
+    wide = TensorDataset(torch.randn(256, 64), torch.randint(5, (256,)))
+    batches = engine.loader(DataLoader(wide, 64))
+    for _ in range(2):  # the fill; then a cached pass, so that buffers are there: allocating them waits
+        for _ in batches:
+            pass
+    remaining = iter(batches)
+    next(remaining)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    done = torch.cuda.Event()
+    done.record()
+    x, _ = next(remaining)
+    assert not done.query()
+    torch.cuda.synchronize()
+    assert x.tensors[0].is_cuda
+    engine.close()
+
+
+def made_wide():
+    """Rows of 16 kB, batches of 1 MB: beyond the 64 kB up to which pageable copies do not wait anyway."""
+    model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 5)).cuda()
+    cf.freeze(model, train_from="2")
+    return model

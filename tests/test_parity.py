@@ -1,0 +1,154 @@
+"""Cached training equals uncached training: losses, outputs, gradients, buffers, final weights, bit for bit.
+
+This is the test that is never weakened: on the CPU, with the exact prefix, there is no tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import cachefreeze as cf
+
+torchvision = pytest.importorskip("torchvision")
+
+# model, boundary, pixels; the last batch of an epoch is smaller than the others
+CASES = [
+    ("mobilenet_v2", "features.14", 64),
+    ("mobilenet_v2", "classifier", 64),
+    ("resnet18", "layer3", 64),
+    ("resnet18", "layer4.1.conv2", 64),
+    ("squeezenet1_1", "features.9", 64),
+    ("densenet121", "features.denseblock4", 64),
+    ("efficientnet_b0", "features.6", 64),
+    ("vit_b_16", "encoder.layers.encoder_layer_10", 64),
+]
+
+
+def make_model(name, size):
+    torch.manual_seed(0)
+    options = {"image_size": size} if name.startswith("vit") else {}
+    model = getattr(torchvision.models, name)(num_classes=5, **options)
+    # statistics that differ from their start, as a pretrained network's do
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def make_data(size, count=11):
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(count, 3, size, size), torch.randint(0, 5, (count,)))
+
+
+def train(model, boundary, data, store, *, epochs=3, optimizer="adamw", workers=0, dtype=None):
+    """Losses, outputs and gradients of every step, and the state of the model and of the random generators."""
+    cf.freeze(model, boundary)
+    torch.manual_seed(2)
+    order = torch.Generator().manual_seed(3)
+    engine = cf.Engine(model, store, dtype=dtype)
+    loader = engine.loader(DataLoader(data, 4, shuffle=True, generator=order, num_workers=workers))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stepper = torch.optim.AdamW(trained, 1e-3) if optimizer == "adamw" else torch.optim.SGD(trained, 0.05, momentum=0.9)
+    steps, sources = [], []
+    for _ in engine.epochs(epochs):
+        model.train()
+        for x, y in loader:
+            stepper.zero_grad()
+            output = engine(x)
+            loss = functional.cross_entropy(output, y)
+            loss.backward()
+            grads = [None if p.grad is None else p.grad.clone() for p in trained]
+            stepper.step()
+            steps.append((loss.detach(), output.detach().clone(), grads))
+        sources.append(loader.source)
+    engine.close()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return steps, state, torch.rand(3), sources
+
+
+def assert_equal(got, expected):
+    for (loss, output, grads), (loss2, output2, grads2) in zip(got[0], expected[0], strict=True):
+        assert torch.equal(loss, loss2)
+        assert torch.equal(output, output2)
+        for a, b in zip(grads, grads2, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    assert got[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        assert torch.equal(got[1][name], value), name
+    assert torch.equal(got[2], expected[2]), "another random state than uncached training leaves"
+
+
+@pytest.mark.parametrize(("name", "boundary", "size"), CASES)
+def test_cached_training_is_uncached_training(name, boundary, size, tmp_path):
+    base, data = make_model(name, size), make_data(size)
+    expected = train(copy.deepcopy(base), boundary, data, "off")
+    assert expected[3] == ["frozen"] * 3
+    for store in ("host", "device", f"hdf5:{tmp_path}"):
+        got = train(copy.deepcopy(base), boundary, data, store)
+        assert got[3] == ["fill", "cached", "cached"]
+        assert_equal(got, expected)
+    again = train(copy.deepcopy(base), boundary, data, f"hdf5:{tmp_path}")
+    assert again[3] == ["cached"] * 3
+    assert_equal(again, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_parity_with_workers_and_optimizers(optimizer, workers):
+    base, data = make_model("mobilenet_v2", 32), make_data(32, 23)
+    expected = train(copy.deepcopy(base), "features.16", data, "off", optimizer=optimizer, workers=workers)
+    got = train(copy.deepcopy(base), "features.16", data, "host", optimizer=optimizer, workers=workers)
+    assert_equal(got, expected)
+
+
+def test_parity_in_channels_last():
+    """The memory format of the boundary survives the store."""
+    base = make_model("resnet18", 64).to(memory_format=torch.channels_last)
+    x, y = make_data(64).tensors
+    data = TensorDataset(x.to(memory_format=torch.channels_last), y)
+    expected = train(copy.deepcopy(base), "layer3", data, "off")
+    got = train(copy.deepcopy(base), "layer3", data, "host")
+    # the DataLoader's stack gives contiguous batches, so both start from the same layout
+    assert_equal(got, expected)
+
+
+def test_the_frozen_part_does_not_move():
+    base, data = make_model("mobilenet_v2", 32), make_data(32)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    _, after, _, _ = train(base, "features.14", data, "host")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved
+    frozen = {n for n in before if n.startswith("features.") and int(n.split(".")[1]) < 14}
+    assert not moved & frozen
+    assert any("running_mean" in name for name in moved), "BN behind the boundary trains"
+
+
+def test_half_precision_rows_differ_only_by_their_rounding():
+    base, data = make_model("mobilenet_v2", 32), make_data(32)
+    exact = train(copy.deepcopy(base), "classifier", data, "off", epochs=1)
+    half = train(copy.deepcopy(base), "classifier", data, "host", epochs=1, dtype="float16")
+    first_exact, first_half = exact[0][0][0], half[0][0][0]
+    assert not torch.equal(first_exact, first_half), "a fill epoch yields what the store would return"
+    assert torch.allclose(first_exact, first_half, atol=1e-2)
+
+
+def test_whole_model_on_raw_inputs():
+    """engine(raw) is the whole model, also while rows are cached."""
+    model = make_model("mobilenet_v2", 32)
+    cf.freeze(model, "classifier")
+    engine = cf.Engine(model, "host")
+    data = make_data(32)
+    loader = engine.loader(DataLoader(data, 4))
+    model.eval()
+    raw = data.tensors[0][:4]
+    with torch.no_grad():
+        assert torch.equal(engine(raw), model(raw))
+        rows, _ = next(iter(loader))
+        assert torch.equal(engine(rows), model(raw))
