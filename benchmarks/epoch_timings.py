@@ -100,6 +100,7 @@ class Bench:
         self.config = config
         self.device = torch.device(config.device)
         data = load_data(config.data, image_size=config.image_size)
+        self.data_name = data.name
         self.samples = evenly(data.train, config.samples)
         torch.manual_seed(config.seed)
         self.base = build_model(config.model, weights=config.weights, classes=len(data.classes))
@@ -265,7 +266,13 @@ def results(bench: Bench, variants: dict[str, Variant], load_before: list[float]
     return {
         "schema": SCHEMA,
         "benchmark": "epoch_timings",
-        "config": {**asdict(config), "train_from": bench.train_from, "samples": len(bench.samples)},
+        "config": {
+            **asdict(config),
+            "data": bench.data_name,  # and not the folder, which says something about this machine alone
+            "weights": Path(config.weights).name if config.weights else None,
+            "train_from": bench.train_from,
+            "samples": len(bench.samples),
+        },
         "batches_per_epoch": batches,
         "hardware": hardware(bench.device),
         "versions": versions(),

@@ -100,7 +100,7 @@ def unfreeze(model: nn.Module, modules: Sequence[str] | None = None, *, example_
     kept = frozen_here(model) - names
     for name in names:
         parameters[name].requires_grad_(True)
-    _relock(model, kept, usage, None)
+    _relock(model, kept, usage, None, held=None)
     return [name for name in parameters if name in names]
 
 
@@ -198,23 +198,30 @@ def _freeze_parameters(model: nn.Module, names: set[str], usage: Usage, train_fr
     for name in names:
         parameters[name].requires_grad_(False)
         parameters[name].grad = None
-    _relock(model, frozen_here(model) | set(newly), usage, train_from)
+    # what the user froze by hand is locked as well, but is not ours to thaw
+    _relock(model, frozen_here(model) | set(newly), usage, train_from, held=names)
     return newly
 
 
-def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | None) -> None:
-    """Lock what runs before the boundary and what was frozen by name; lift every other lock of ours."""
-    events = [boundary_event(model, train_from, usage)] if train_from and frozen else []
-    boundary = boundary_of(model, usage) if frozen else None
+def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | None, *, held: set[str] | None) -> None:
+    """Lock what runs before the boundary and what was frozen by name.
+
+    Args:
+        frozen: The parameters that were frozen here.
+        held: The parameters that a freeze asked for, whoever froze them; None lifts every other lock of ours.
+    """
+    still = frozen | (held or set())
+    events = [boundary_event(model, train_from, usage)] if train_from and still else []
+    boundary = boundary_of(model, usage) if still else None
     events += [boundary_event(model, boundary, usage)] if boundary else []
     locked = set(runs_before(model, usage, max(events))) if events else set()
     canonical = {id(p): name for name, p in model.named_parameters()}
     for name, module in model.named_modules():
-        held = [canonical[id(p)] for p in module.parameters()]
+        holds = [canonical[id(p)] for p in module.parameters()]
         own = tuple(n for n, p in module.named_parameters(recurse=False) if canonical[id(p)] in frozen)
-        evaluate = name in locked or (bool(held) and all(n in frozen for n in held))
         had = _unlock(module)
-        if own or evaluate or (not name and frozen):
+        evaluate = name in locked or (bool(holds) and all(n in still for n in holds)) or (had and held is not None)
+        if own or evaluate or (not name and still):
             asked = train_from if not name else None
             module.register_forward_pre_hook(FrozenLock(own, evaluate=evaluate, train_from=asked), prepend=True)
         if evaluate:

@@ -160,9 +160,7 @@ class Tracer(fx.Tracer):
     torchvision.models.feature_extraction (torchvision.ops), timm.models._features_fx.
     """
 
-    def __init__(
-        self, is_leaf: Callable[[nn.Module, str], bool] | None = None, given: Example | None = None
-    ) -> None:
+    def __init__(self, is_leaf: Callable[[nn.Module, str], bool] | None = None, given: Example | None = None) -> None:
         vision = sys.modules.get("torchvision.ops")
         timm = sys.modules.get("timm.models._features_fx")
         modules = (math,) if vision is None else (math, vision)
@@ -195,7 +193,10 @@ class Tracer(fx.Tracer):
             proxy = self.create_proxy("placeholder", name, (), {})
             constant = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
             proxies.append(value if constant else proxy)
-        positional, keywords = proxies[: len(given.args)], dict(zip(given.kwargs, proxies[len(given.args) :], strict=True))
+        positional, keywords = (
+            proxies[: len(given.args)],
+            dict(zip(given.kwargs, proxies[len(given.args) :], strict=True)),
+        )
 
         def forward(root: nn.Module) -> Any:
             return root_fn(root, *positional, **keywords)
@@ -242,6 +243,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
 def trace_usage(model: nn.Module) -> Usage:
     """Read the order of use from a symbolic trace; from registration, with a warning, where that fails."""
     events = _Events(model)
+    parameters: dict[Any, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
 
     class _Order(Tracer):
         def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -257,10 +259,8 @@ def trace_usage(model: nn.Module) -> Usage:
             node = super().create_node(kind, target, args, kwargs, *rest, **more)
             if not asks_metadata(node):
                 for parent in node.all_input_nodes:
-                    if parent.op == "get_attr":
-                        value = attribute(model, str(parent.target))
-                        if isinstance(value, nn.Parameter):
-                            events.parameter(value)
+                    if parent.op == "get_attr" and parent.target in parameters:
+                        events.parameter(parameters[parent.target])
             return node
 
     events.enter("")

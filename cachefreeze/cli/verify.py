@@ -41,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
             continue
         damaged += 1
         print(f"{path}: {len(bad)} of {total} rows are damaged; they are computed again when they are next read")
+        # one checksum covers a row in all datasets, so all of them are named unless there is only one
+        datasets = "+".join(field.name for field in store.spec.fields)
         for row in bad[:_SHOWN]:
-            print(f"  dataset {row.field or '(row)'}, row {row.row}: {row.reason}")
+            print(f"  dataset {row.field or datasets}, row {row.row}: {row.reason}")
         if len(bad) > _SHOWN:
             print(f"  … and {len(bad) - _SHOWN} more")
     if not found:

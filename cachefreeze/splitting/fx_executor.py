@@ -148,7 +148,10 @@ class _Tracing:
     def __init__(self, site: Site, example: Example) -> None:
         self.site = site
         self.example = example
-        call = site.usage.first_call(site.name)
+        module = site.model.get_submodule(site.name)
+        # a shared module is known by its first name, to the recording as to fx
+        known = next(name for name, other in site.model.named_modules() if other is module)
+        call = site.usage.first_call(known)
         if call is None:
             raise SplitError(
                 f"fx: module {site.name!r} is never called (the forward uses its weights directly), so there is no "

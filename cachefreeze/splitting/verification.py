@@ -104,7 +104,13 @@ def _compare_training(cut: Cut, site: Site, some: Example) -> None:
     """One seeded forward and backward of the model and of the split: outputs, gradients, buffers."""
     trained = {n: p for n, p in site.model.named_parameters() if p.requires_grad}
     whole = _train_once(site.model, trained, lambda: some.fresh().call(site.model))
-    split = _train_once(site.model, trained, lambda: _suffix(cut, _rows(cut, some.fresh()), site))
+    try:
+        split = _train_once(site.model, trained, lambda: _suffix(cut, _rows(cut, some.fresh()), site))
+    except SplitError:
+        raise
+    except RuntimeError as error:  # the model's own backward went through
+        first = "".join(str(error).strip().splitlines()[:1])
+        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {first}") from error
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole, split, strict=True):
         _compare(what, expected, got, site)
 

@@ -666,7 +666,7 @@ class _Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        if float(y.sum()) > 0:
+        if float(y.detach().sum()) > 0:
             y = y * 2
         out: Tensor = self.head(y)
         return out

@@ -1,0 +1,29 @@
+"""What all tests share: one thread, skips that say why, and the shared data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared photos and weights: CACHEFREEZE_DATA, else ../shared/data beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    found = Path(os.environ.get("CACHEFREEZE_DATA") or beside)
+    if not found.is_dir():
+        pytest.skip(f"no data folder {found}; set CACHEFREEZE_DATA")
+    return found
