@@ -206,9 +206,8 @@ def _freeze_parameters(model: nn.Module, names: set[str], usage: Usage, train_fr
 def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | None, *, held: set[str] | None) -> None:
     """Lock what runs before the boundary and what was frozen by name.
 
-    Args:
-        frozen: The parameters that were frozen here.
-        held: The parameters that a freeze asked for, whoever froze them; None lifts every other lock of ours.
+    ``frozen`` names the parameters that were frozen here; ``held`` those that a freeze asked for, whoever froze
+    them. Without ``held``, every other lock of ours is lifted.
     """
     still = frozen | (held or set())
     events = [boundary_event(model, train_from, usage)] if train_from and still else []

@@ -24,7 +24,18 @@ from cachefreeze.testing.traps import (
     vectors,
 )
 
-RESNET18 = "conv1 layer1.0 layer1.1 layer2.0 layer2.1 layer3.0 layer3.1 layer4.0 layer4.1 fc".split()
+RESNET18 = [
+    "conv1",
+    "layer1.0",
+    "layer1.1",
+    "layer2.0",
+    "layer2.1",
+    "layer3.0",
+    "layer3.1",
+    "layer4.0",
+    "layer4.1",
+    "fc",
+]
 LISTS = {
     "resnet18": RESNET18,
     "mobilenet_v2": [*(f"features.{i}" for i in range(19)), "classifier"],

@@ -447,7 +447,7 @@ class TestFlagsSetByHand:
             cf.split(Chain(), images())
 
     def test_nothing_trainable_is_said(self):
-        with pytest.raises(FreezeError, match="nothing of Chain.* is trainable"):
+        with pytest.raises(FreezeError, match=r"nothing of Chain.* is trainable"):
             cf.split(Chain().requires_grad_(False), images())
 
     def test_a_frozen_middle_alone_leaves_nothing_to_cache(self):

@@ -166,9 +166,9 @@ def _store(args: argparse.Namespace, out: Path) -> str:
 
 def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
     model = build_model(name, weights=args.weights, classes=len(data.classes))
-    if isinstance(model, DigitsCNN) and args.weights is None:
+    if isinstance(model, DigitsCNN) and args.weights is None and data.name == "digits":
         print(f"pretraining {DIGITS_MODEL} on the digits {', '.join(map(str, PRETRAIN_CLASSES))}", flush=True)
-        pretrain(model, seed=args.seed)
+        pretrain(model, seed=args.seed, image_size=data.image_size)
     return model
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ _TAIL_FUNCTIONS = _VIEWS | {
 }  # fmt: skip
 
 
-_Constant = int | float | bool | str | torch.dtype | torch.device | NoneType
+_CONSTANT = (int, float, bool, str, torch.dtype, torch.device, type(None))
 
 
 class FxExecutor:
@@ -419,7 +418,7 @@ def _remake(graph: fx.Graph, at_two: Any, at_three: Any, batch: fx.Node, rows: A
         step = at_three - at_two
         scaled = graph.call_function(operator.mul, (batch, step))
         return graph.call_function(operator.add, (scaled, at_two - 2 * step))
-    if at_two == at_three and isinstance(at_two, _Constant):
+    if at_two == at_three and isinstance(at_two, _CONSTANT):
         return graph.call_function(_constant, (at_two,))
     raise SplitError(f"a value of type {type(at_two).__name__} crosses the boundary and cannot be remade from rows")
 

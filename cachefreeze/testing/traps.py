@@ -125,7 +125,7 @@ class ActivatedTwice(nn.Module):
         z = self.relu(y)
         out: Tensor = self.head(x)
         z.mul_(2.0)
-        return out + y
+        return torch.add(out, y)
 
 
 class AliasedView(nn.Module):
@@ -142,7 +142,7 @@ class AliasedView(nn.Module):
         flat = y.flatten(1)
         out: Tensor = self.head(y.mean((2, 3)))
         y.mul_(2.0)
-        return out + flat[:, :4]
+        return torch.add(out, flat[:, :4])
 
 
 class AliasedSlices(nn.Module):
@@ -159,7 +159,7 @@ class AliasedSlices(nn.Module):
         a, b = y.chunk(2, 1)
         out: Tensor = self.head(x)
         b.add_(1.0)
-        return out + y.sum(1, keepdim=True) + a
+        return torch.add(out + a, y.sum(1, keepdim=True))
 
 
 class TiedHead(nn.Module):
@@ -350,7 +350,7 @@ class KeywordInputs(nn.Module):
         sizes: tuple[int, ...] = (),
     ) -> Tensor:
         """Token ids and a mask to logits."""
-        y = self.body(self.stem(ids)) * scale
+        y: Tensor = self.body(self.stem(ids)) * scale
         if bias is not None:
             y = y + bias
         if mask_2 is not None:
@@ -441,7 +441,7 @@ class CentredBatch(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent suffix, time first in between: the batch is dimension 1 of what crosses."""
 
-    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU] = nn.LSTM) -> None:
         super().__init__()
         self.stem = nn.Linear(6, 6)
         self.rnn = kind(6, 5, num_layers=2, dropout=0.5)

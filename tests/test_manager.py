@@ -1,0 +1,306 @@
+"""CacheManager: filling, repairing, sharing, refusing; and what the engine refuses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cachefreeze as cf
+from cachefreeze.errors import FreezeError, RowValueError, StaleCacheError, StoreError, StoreSpaceError, UsageError
+from cachefreeze.isolation import RandomState
+
+
+class Scale(nn.Module):
+    """Rounds alike in every batch, which a small matrix product does not."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def make_model(scale=1.0):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(Scale(6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    cf.freeze(model, "3")
+    return model
+
+
+def make_data(count=40):
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(count, 6, generator=generator), torch.randint(0, 3, (count,), generator=generator))
+
+
+def make_manager(store="host", **options):
+    model = make_model(options.pop("scale", 1.0))
+    parts = cf.split(model, make_data().tensors[0][:4])
+    return cf.CacheManager(parts, store, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fill_computes_every_row_once_and_draws_nothing(workers, tmp_path):
+    manager = make_manager(f"hdf5:{tmp_path}")
+    state = RandomState.capture()
+    loader = manager.loader(DataLoader(make_data(), 16, shuffle=True, num_workers=workers))
+    seen = []
+    report = manager.fill(loader, seen.append)
+    assert (report.rows, report.computed_rows, sum(seen)) == (40, 40, 40)
+    assert manager.fill(loader).computed_rows == 0
+    assert state.moved() == []
+    list(loader)
+    assert (loader.source, loader.counts.computed) == ("cached", 0)
+    assert manager.verify() == {"train": []}
+    assert manager.info()["train"]["rows_present"] == 40
+
+
+def flip(path, store, row):
+    """Flip one bit of a row's activations on disk."""
+    header = path.read_bytes()
+    values = store.read(torch.tensor([row]))["activation.0"].numpy().tobytes()
+    position = header.index(values)
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_row_is_computed_again_and_counted(tmp_path):
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(make_data(), 16))
+    whole = [(rows.tensors[0].clone(), y) for rows, y in loader]
+    path = next(tmp_path.glob("*.h5"))
+    flip(path, loader.rows.store, 17)
+    manager.close()
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(make_data(), 16))
+    assert [bad.row for bad in manager.verify()["train"]] == [17]
+    for (rows, y), (expected, labels) in zip(loader, whole, strict=True):
+        assert torch.equal(rows.tensors[0], expected)
+        assert torch.equal(y, labels)
+    assert (loader.counts.computed, loader.counts.repaired, loader.counts.cached) == (1, 1, 39)
+    assert manager.verify() == {"train": []}, "the row was written again"
+
+
+HOLDER = """
+import sys, torch
+sys.path[:0] = {path!r}
+from test_manager import make_manager, make_data
+from torch.utils.data import DataLoader
+torch.set_num_threads(1)
+manager = make_manager("hdf5:{folder}")
+loader = manager.loader(DataLoader(make_data(), 8))
+next(iter(loader))
+print("holding", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_trains_without_writing(tmp_path):
+    """Its rows are right, nothing of them is kept, and the first writer is not disturbed."""
+    code = textwrap.dedent(HOLDER).format(path=[str(p) for p in sys.path], folder=tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline().strip() == b"holding"
+        manager = make_manager(f"hdf5:{tmp_path}")
+        plain = make_data().tensors[0]
+        for workers in (0, 2):
+            loader = manager.loader(DataLoader(make_data(), 16, shuffle=True, num_workers=workers), name="train")
+            assert not manager.info()["train"]["writable"]
+            for _ in range(2):
+                found = torch.cat([rows.tensors[0] for rows, _ in loader])
+                assert loader.source == "frozen"
+                expected = manager.parts.prefix(plain)
+                assert sorted(found.tolist()) == sorted(expected.tolist())
+                assert (loader.counts.cached, loader.counts.computed) == (8, 32)
+        with pytest.raises(UsageError, match="another process"):
+            manager.fill(loader)
+        holder.stdin.close()
+        holder.wait()
+    manager.close()
+    manager = make_manager(f"hdf5:{tmp_path}")
+    assert manager.loader(DataLoader(make_data(), 16)) is not None
+    assert manager.info()["train"] | {"path": None} == {
+        "tier": "hdf5", "rows": 40, "rows_present": 8, "nbytes": manager.nbytes, "path": None, "writable": True,
+    }  # fmt: skip
+
+
+def test_loaders_of_one_dataset_share_a_store():
+    manager = make_manager()
+    train = manager.loader(DataLoader(make_data(), 8, shuffle=True), name="train")
+    again = manager.loader(DataLoader(make_data(), 16), name="train")
+    list(train)
+    list(again)
+    assert again.counts.computed == 0
+    assert list(manager.info()) == ["train"]
+
+
+def test_default_names_and_files(tmp_path):
+    manager = make_manager(f"hdf5:{tmp_path}")
+    manager.loader(DataLoader(make_data(), 8))
+    manager.loader(DataLoader(make_data(9), 8))
+    names = sorted(path.name for path in tmp_path.glob("*.h5"))
+    assert [name[: -len("000000000000.h5")] for name in names] == ["train-3-", "val-3-"]
+
+
+def test_a_store_of_the_users_own():
+    spec = make_manager().loader(DataLoader(make_data(), 8)).rows.spec
+    store = cf.HostStore(spec)
+    manager = make_manager(store)
+    list(manager.loader(DataLoader(make_data(), 8)))
+    assert store.count == 40
+    other = manager.loader(DataLoader(make_data(9), 8))
+    assert other.rows.store is not store
+    with pytest.raises(StaleCacheError, match="needed are"):
+        make_manager(cf.HostStore(spec)).loader(DataLoader(make_data(9), 8))
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+def test_narrow_rows_come_back_in_the_models_dtype(dtype):
+    manager = make_manager(dtype=dtype)
+    loader = manager.loader(DataLoader(make_data(), 40))
+    rows, y = next(iter(loader))
+    exact = manager.parts.prefix(make_data().tensors[0])
+    assert rows.tensors[0].dtype == torch.float32
+    assert y.dtype == torch.int64
+    assert manager.nbytes == 40 * (6 * 2 + 8)
+    stored = torch.float16 if dtype == "float16" else dtype
+    assert torch.equal(rows.tensors[0], exact.to(stored).float())
+
+
+def test_overflow_names_the_sample():
+    with pytest.raises(RowValueError, match=r"sample \d+ has an activation of magnitude"):
+        list(make_manager(dtype="float16", scale=1e7).loader(DataLoader(make_data(), 8)))
+    list(make_manager(dtype="bfloat16", scale=1e7).loader(DataLoader(make_data(), 8)))
+
+
+def test_rows_under_another_autocast_state_are_refused():
+    model = make_model()
+    engine = cf.Engine(model, "host")
+    loader = engine.loader(DataLoader(make_data(), 8))
+    rows, _ = next(iter(loader))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(StaleCacheError, match=r"autocast=torch\.bfloat16"):
+        engine(rows)
+    linear = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    cf.freeze(linear, "1")
+    engine = cf.Engine(linear, "host", autocast=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows, _ in engine.loader(DataLoader(make_data(), 8)):
+            assert rows.tensors[0].dtype == torch.bfloat16
+            engine(rows)
+    with pytest.raises(StaleCacheError, match="autocast=None"):
+        engine(rows)
+
+
+def test_the_prefix_never_runs_under_ambient_autocast():
+    plain = make_manager()
+    rows, _ = next(iter(plain.loader(DataLoader(make_data(), 8))))
+    other = make_manager()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = next(iter(other.loader(DataLoader(make_data(), 8))))
+    assert torch.equal(rows.tensors[0], inside.tensors[0])
+
+
+def test_rows_of_another_engine_are_refused():
+    first, second = cf.Engine(make_model(), "host"), cf.Engine(make_model(), "host")
+    rows, _ = next(iter(first.loader(DataLoader(make_data(), 8))))
+    second.loader(DataLoader(make_data(), 8))
+    with pytest.raises(StaleCacheError, match="another engine"):
+        second(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"store": "ram"}, "'ram'"),
+        ({"store": "hdf5"}, "hdf5:DIR"),
+        ({"store": "host:x"}, "'host:x'"),
+        ({"dtype": "int8"}, "int8"),
+        ({"schedule": 3}, "schedule"),
+        ({"prefix": "fast"}, "prefix"),
+    ],
+)
+def test_wrong_arguments_say_what_is_expected(options, words):
+    with pytest.raises(UsageError, match=words):
+        cf.Engine(make_model(), **options).loader(DataLoader(make_data(), 8))
+
+
+def test_nothing_frozen_for_a_split():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    with pytest.raises(FreezeError, match=r"cf\.freeze"):
+        cf.split(model, torch.randn(4, 6))
+
+
+def test_hand_set_flags_with_batch_norm_in_train_mode():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    for module in model[:2]:
+        module.requires_grad_(False)
+    with pytest.raises(FreezeError, match=r"cf\.freeze\(model, train_from='2'\)"):
+        cf.Engine(model, "host").loader(DataLoader(make_data(), 8))
+    model.eval()
+    list(cf.Engine(model, "host").loader(DataLoader(make_data(), 8)))
+
+
+def test_too_little_room(tmp_path, monkeypatch):
+    from cachefreeze.stores import memory, opening
+
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100)
+    with pytest.raises(StoreSpaceError, match=r"need [\d,]+ bytes.*100 are free"):
+        make_manager("host").loader(DataLoader(make_data(), 8))
+    monkeypatch.setattr(opening, "free_host_bytes", lambda: 100)
+    with pytest.raises(StoreSpaceError, match="hdf5:DIR"):
+        make_manager("auto").loader(DataLoader(make_data(), 8))
+    manager = make_manager(f"auto:{tmp_path}")
+    manager.loader(DataLoader(make_data(), 8))
+    assert manager.info()["train"]["tier"] == "hdf5"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot make the cache folder"):
+        make_manager(f"hdf5:{tmp_path / 'file' / 'below'}").loader(DataLoader(make_data(), 8))
+
+
+def test_modes_and_random_states_are_left_alone():
+    """Splitting, probing, filling and reading leave every flag and every state as they were."""
+    model = make_model()
+    model.train()
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = RandomState.capture()
+    engine = cf.Engine(model, "host")
+    loader = engine.loader(DataLoader(make_data(), 8, generator=torch.Generator()))
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    list(loader)
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert state.moved() == []
+
+
+def read_in_child(queue, store):
+    torch.set_num_threads(1)
+    queue.put(float(store.read(torch.arange(40))["activation.0"].sum()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_stores_are_read_in_child_processes(method, tmp_path):
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(make_data(), 8))
+    manager.fill(loader)
+    store = loader.rows.store
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=read_in_child, args=(queue, store))
+    child.start()
+    assert queue.get(timeout=60) == float(store.read(torch.arange(40))["activation.0"].sum())
+    child.join()
+    assert store.writable
