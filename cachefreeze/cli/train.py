@@ -70,7 +70,7 @@ def _describe(made: job.Job) -> None:
     trained = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in made.model.parameters())
     print(
-        f"{type(made.model).__name__} on {made.data.name}: {len(made.data.train)} training and {len(made.data.val)} "
+        f"{type(made.model).__name__} on {made.data.name}: {len(made.train.dataset)} training and {len(made.val.dataset)} "
         f"validation samples, {len(made.data.classes)} classes, {made.data.image_size} px; trains {trained:,} of "
         f"{total:,} parameters from {made.engine.boundary!r} on"
     )

@@ -1,0 +1,64 @@
+"""Public names and command-line options are a contract: a change of either shows here."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import subprocess
+import sys
+
+import cachefreeze as cf
+from cachefreeze.cli import parser
+
+
+def test_public_names():
+    assert sorted(cf.__all__) == [
+        "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore", "Engine",
+        "FieldSpec", "HDF5Store", "HostStore", "Parts", "Rows", "Store", "StoreSpec", "Trainer", "blocks", "freeze",
+        "split", "unfreeze",
+    ]  # fmt: skip
+    assert all(hasattr(cf, name) for name in cf.__all__)
+
+
+def names(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_signatures():
+    assert names(cf.freeze) == ["model", "train_from", "train_last", "modules", "example_inputs"]
+    assert names(cf.unfreeze) == ["model", "modules", "example_inputs"]
+    assert names(cf.blocks) == ["model", "example_inputs"]
+    assert names(cf.split) == ["model", "example_inputs", "train_from"]
+    assert names(cf.Engine) == ["model", "store", "schedule", "autocast", "dtype", "prefix"]
+    loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic"]
+    assert names(cf.Engine.loader) == loader
+    assert names(cf.CacheManager.loader) == loader
+    assert names(cf.Trainer) == ["engine", "loss_fn", "optimizer", "out", "config", "progress", "on_epoch"]
+    assert names(cf.Trainer.fit) == ["train", "val", "epochs", "resume"]
+
+
+JOB = [
+    "--data", "--model", "--weights", "--train-from", "--train-last", "--batch-size", "--image-size", "--seed",
+    "--device", "--cache", "--cache-dir", "--cache-dtype", "--out",
+]  # fmt: skip
+
+
+def test_command_line_options():
+    verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    options = {
+        verb: [name for action in made._actions for name in action.option_strings if name not in ("-h", "--help")]
+        for verb, made in verbs.items()
+    }
+    assert options == {
+        "train": [*JOB, "--epochs", "--lr", "--optimizer", "--resume", "--report"],
+        "fill": JOB,
+        "info": [],
+        "verify": [],
+        "clean": [],
+    }
+
+
+def test_importing_the_package_imports_no_optional_package():
+    code = "import sys, cachefreeze; print([m for m in ('torchvision', 'sklearn', 'PIL', 'h5py') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
