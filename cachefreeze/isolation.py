@@ -55,6 +55,16 @@ def _numpy_key(state: dict[str, Any]) -> tuple[Any, ...]:
     return (inner["key"].tobytes(), inner["pos"], state["has_gauss"], state["gauss"])
 
 
+def seed_initialised_generators(seed: int) -> None:
+    """Seed torch's generators, CUDA's only where it is initialised.
+
+    ``torch.manual_seed`` would queue the seed for a CUDA that comes up later, and the user's draws would start there.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def preserved_random_state() -> Iterator[RandomState]:
     """Whatever is drawn inside, the global random states are as before on exit."""

@@ -41,7 +41,8 @@ def plain(image):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if FENCE.search((ROOT / page).read_text())])
-def test_python_blocks_run(page, tmp_path, capsys):
+def test_python_blocks_run(page, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5)
     given = {
@@ -56,6 +57,11 @@ def test_python_blocks_run(page, tmp_path, capsys):
         "example_inputs": torch.randn(2, 3, 32, 32),
         "folder": tmp_path,
     }
+    if page == "docs/store-format.md":
+        cf.freeze(model, "fc")
+        engine = cf.Engine(model, "hdf5:rows.h5")
+        list(engine.loader(given["train_loader"]))
+        engine.close()
     for code in FENCE.findall((ROOT / page).read_text()):
         exec(compile(code, page, "exec"), given)
     if page == "README.md":

@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
 def _describe(made: job.Job) -> None:
     trained = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in made.model.parameters())
+    samples = f"{len(made.train.dataset)} training and {len(made.val.dataset)} validation samples"
     print(
-        f"{type(made.model).__name__} on {made.data.name}: {len(made.train.dataset)} training and {len(made.val.dataset)} "
-        f"validation samples, {len(made.data.classes)} classes, {made.data.image_size} px; trains {trained:,} of "
-        f"{total:,} parameters from {made.engine.boundary!r} on"
+        f"{type(made.model).__name__} on {made.data.name}: {samples}, {len(made.data.classes)} classes, "
+        f"{made.data.image_size} px; trains {trained:,} of {total:,} parameters from {made.engine.boundary!r} on"
     )
     parts, cache = made.engine.parts, made.engine.cache
     if parts is None or cache is None:

@@ -7,8 +7,6 @@ the order of in-place writes. There is one graph for train and one for eval; bot
 
 from __future__ import annotations
 
-import operator
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,8 @@ from torch.utils import _pytree as pytree
 from cachefreeze.errors import SplitError
 from cachefreeze.freezing import FrozenLock
 from cachefreeze.isolation import eval_mode
-from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
+from cachefreeze.splitting.boundary import Cut, Site
+from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
 from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
 
 # Deterministic and parameter-free, and never larger than their input: right after the prefix they belong to it,
@@ -31,21 +30,12 @@ _TAIL_MODULES = (
     nn.Flatten, nn.Unflatten, nn.Identity,
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
 )  # fmt: skip
-_VIEWS = {
-    operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
-    torch.chunk, torch.split, torch.unbind, getattr,
-    "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind",
-    "contiguous", "size", "dim",
-}  # fmt: skip
-_TAIL_FUNCTIONS = _VIEWS | {
+_TAIL_FUNCTIONS = VIEWS | {
     torch.mean, torch.amax, torch.relu, torch.sigmoid, torch.tanh, "mean", "amax", "relu", "sigmoid", "tanh",
     functional.relu, functional.gelu, functional.silu, functional.hardswish, functional.avg_pool2d,
     functional.max_pool2d, functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d,
     functional.adaptive_max_pool2d, torch.adaptive_avg_pool1d,
 }  # fmt: skip
-
-
-_CONSTANT = (int, float, bool, str, torch.dtype, torch.device, type(None))
 
 
 class FxExecutor:
@@ -60,17 +50,14 @@ class FxExecutor:
             train = tracing.graph()
         with site.mode(train=False):
             evaluate = tracing.graph()
-        end = _common_end(tracing, train, evaluate)
-        refusal: SplitError | None = None
-        while True:
+        latest = _common_end(tracing, train, evaluate)
+        refusals: list[SplitError] = []
+        for end in _by_bytes(site, example, latest, train, evaluate):
             try:
                 return self._cut_at(end, site, example, tracing, train, evaluate)
-            except SplitError as error:
-                # a fold of batch and time, for one, has no row: what needs no weights can run in the suffix as well
-                refusal = refusal or error
-                if not _is_free(list(evaluate.nodes)[end - 1]):
-                    raise refusal from None
-                end -= 1
+            except SplitError as error:  # a fold of batch and time, for one, has no row
+                refusals.append(error)
+        raise refusals[0]
 
     def _cut_at(
         self, end: int, site: Site, example: Example, tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph
@@ -80,7 +67,7 @@ class FxExecutor:
         prefix = Prefix(fx.GraphModule(site.model, prefix_graph, "PrefixGraph"))
         values = [_record(prefix, example, [i % example.batch for i in range(count)]) for count in (2, 3)]
         _check_constants(list(evaluate.nodes), crossing, values[0], prefix, example)
-        recipe = _Recipe(evaluate, end, crossing, *values)
+        recipe = Recipe(evaluate, end, crossing, *values)
         suffix = Suffix(site.model, tracing.open_modules(), lambda: recipe.suffix(tracing.graph(), site.model))
         with site.mode(train=True):
             suffix.prepare()
@@ -163,8 +150,7 @@ class _Tracing:
             self.opened.append(call.name)  # its parameter-free start may belong to the prefix
         for name in self.opened:
             module = site.model.get_submodule(name)
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            if any(not isinstance(hook, FrozenLock) for hook in hooks):
+            if _is_hooked(module):
                 raise SplitError(
                     f"fx: module {name or type(module).__name__!r} encloses {site.name!r} and has forward hooks, which "
                     "a traced forward would not run; remove them, or hook the modules inside it"
@@ -220,28 +206,64 @@ def _common_end(tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
     nodes = [list(graph.nodes) for graph in (train, evaluate)]
     end = min(tracing.end(train), tracing.end(evaluate))
     for first, second in zip(nodes[0][:end], nodes[1][:end], strict=True):
-        if _signature(first) != _signature(second):
+        if signature(first) != signature(second):
             raise SplitError(
                 f"{first.format_node()} runs before {tracing.site.name!r} and differs between train and eval mode, so "
                 "its result is no fixed row (a functional dropout with training=self.training?). Make it a module "
                 "and freeze from a block before it, or train from an earlier block"
             )
     model = tracing.site.model
-    while _in_tail(nodes[0][end], model) and _signature(nodes[0][end]) == _signature(nodes[1][end]):
+    while _in_tail(nodes[0][end], model) and signature(nodes[0][end]) == signature(nodes[1][end]):
         end += 1
     return end
 
 
-def _signature(node: fx.Node) -> tuple[str, str, str, str]:
-    return node.op, str(node.target), str(node.args), str(node.kwargs)
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module has forward hooks other than the lock on what is frozen."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not isinstance(hook, FrozenLock) for hook in hooks)
 
 
 def _in_tail(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-        return type(module) in _TAIL_MODULES and not hooked  # a subclass may be anything
+        return type(module) in _TAIL_MODULES and not _is_hooked(module)  # a subclass may be anything
     return node.op in ("call_function", "call_method") and node.target in _TAIL_FUNCTIONS
+
+
+def _by_bytes(site: Site, example: Example, latest: int, train: fx.Graph, evaluate: fx.Graph) -> list[int]:
+    """Where the cut may lie, the fewest bytes of a row first, and of equals the latest.
+
+    What needs no weights right before the boundary can run on either side: pooling to a size above the input's, or a
+    resize, makes rows larger than what it was made of.
+    """
+    nodes = list(evaluate.nodes)
+    ends = [latest]
+    while _in_tail(nodes[ends[-1] - 1], site.model) or _is_free(nodes[ends[-1] - 1]):
+        ends.append(ends[-1] - 1)
+    if len(ends) == 1:
+        return ends
+    some = example.take([0, 1])
+    with site.mode(train=False), torch.no_grad():
+        sizes = _Bytes(fx.GraphModule(site.model, _prefix_graph(evaluate, latest, [])))
+        sizes.run(*some.args, *some.kwargs.values())
+    row_bytes = {
+        end: sum(sizes.of[nodes[at].name] for at in _crossing(train, end) | _crossing(evaluate, end)) for end in ends
+    }
+    return sorted(ends, key=lambda end: (row_bytes[end], -end))
+
+
+class _Bytes(fx.Interpreter):
+    """Runs a graph and notes the bytes of every node's value, by the node's name."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.of: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.of[n.name] = sum(leaf.numel() * leaf.element_size() for leaf in tensor_leaves(value))
+        return value
 
 
 def _from_inputs(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -306,159 +328,6 @@ def _is_free(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and not any(n.op == "get_attr" for n in node.all_input_nodes)
 
 
-class _Recipe:
-    """How a suffix is made: which values arrive as rows, and how the others are remade from them.
-
-    Attributes:
-        stored: Positions whose value is one tensor (or several) that arrives as rows.
-        tensors: The boundary tensors, in the order of the suffix's arguments.
-    """
-
-    def __init__(
-        self, graph: fx.Graph, end: int, crossing: list[int], at_two: tuple[Any, ...], at_three: tuple[Any, ...]
-    ) -> None:
-        self.end = end
-        nodes = list(graph.nodes)
-        self.before = [_signature(node) for node in nodes[:end]]
-        self.values = {p: (a, b) for p, a, b in zip(crossing, at_two, at_three, strict=True)}
-        self.same, self.views = _shared_memory(nodes, self.values)
-        self.stored: list[int] = []
-        self.tensors: list[BoundaryTensor] = []
-        for position in crossing:
-            if position in self.views or position in self.same:
-                continue
-            found = [
-                _describe(nodes[position], a, b)
-                for a, b in zip(_leaves(self.values[position][0]), _leaves(self.values[position][1]), strict=True)
-            ]
-            if found:
-                self.stored.append(position)
-                self.tensors += found
-        if not self.tensors:
-            raise SplitError("no tensor crosses the boundary, so there is nothing to cache")
-
-    def suffix(self, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
-        """Make the suffix from one trace of the model, in whatever modes its modules are in."""
-        nodes = list(graph.nodes)
-        if [_signature(node) for node in nodes[: self.end]] != self.before:
-            raise SplitError(
-                f"in these modes the forward of {type(model).__name__} differs before the boundary; keep the modules "
-                "around the boundary all in train mode or all in eval mode"
-            )
-        made = fx.Graph()
-        rows = [made.placeholder(f"row_{i}") for i in range(len(self.tensors))]
-        batch = made.call_function(torch.Tensor.size, (rows[0], self.tensors[0].batch_dim))
-        arriving = iter(rows)
-        copies: dict[fx.Node, fx.Node] = {}
-        for position, (at_two, at_three) in self.values.items():
-            if position in self.same:
-                copies[nodes[position]] = copies[nodes[self.same[position]]]
-            elif position not in self.views:
-                copies[nodes[position]] = _remake(made, at_two, at_three, batch, arriving)
-
-        def copy(node: fx.Node) -> fx.Node:
-            # constants made of weights, and views of rows, are remade here from what they were made of
-            if node not in copies:
-                if node.op == "placeholder":
-                    raise SplitError(f"fx: input {node.target!r} is used after the boundary in one mode only")
-                for parent in node.all_input_nodes:
-                    copy(parent)
-                copies[node] = made.node_copy(node, copies.__getitem__)
-            return copies[node]
-
-        for node in nodes[self.end :]:
-            copy(node)
-        if not batch.users:
-            made.erase_node(batch)
-        made.lint()
-        return fx.GraphModule(model, made, "SuffixGraph")
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _tensors(values: tuple[Any, ...], kept: list[int] | None) -> tuple[Tensor, ...]:
     chosen = values if kept is None else [values[i] for i in kept]
-    return tuple(leaf for value in chosen for leaf in _leaves(value))
-
-
-def _describe(node: fx.Node, at_two: Tensor, at_three: Tensor) -> BoundaryTensor:
-    """The batch dimension is the one that is 2 for two samples and 3 for three."""
-    sizes = list(zip(at_two.shape, at_three.shape, strict=True))
-    moving = [d for d, (two, three) in enumerate(sizes) if two != three]
-    if not moving:
-        raise SplitError(
-            f"{node.format_node()} crosses the boundary and has no batch dimension, so a row would depend on the "
-            "batch it was computed in; train from a block before it"
-        )
-    if len(moving) > 1 or sizes[moving[0]] != (2, 3):
-        raise SplitError(
-            f"{node.format_node()} crosses the boundary with shapes {tuple(at_two.shape)} for two samples and "
-            f"{tuple(at_three.shape)} for three: no single dimension is the batch; train from another block"
-        )
-    return BoundaryTensor.of(at_two, moving[0])
-
-
-def _remake(graph: fx.Graph, at_two: Any, at_three: Any, batch: fx.Node, rows: Any) -> Any:
-    """A crossing value in the suffix: rows for tensors, arithmetic on the batch size for shapes."""
-    if isinstance(at_two, Tensor):
-        return next(rows)
-    if isinstance(at_two, dict) and type(at_two) in (dict, OrderedDict):
-        entries = {key: _remake(graph, value, at_three[key], batch, rows) for key, value in at_two.items()}
-        return graph.call_function(dict, (entries,))
-    if isinstance(at_two, tuple | list):
-        items = [_remake(graph, a, b, batch, rows) for a, b in zip(at_two, at_three, strict=True)]
-        if hasattr(at_two, "_fields"):
-            return graph.call_function(type(at_two), tuple(items))
-        return graph.call_function(list if isinstance(at_two, list) else tuple, (items,))
-    if isinstance(at_two, int) and at_two != at_three:
-        step = at_three - at_two
-        scaled = graph.call_function(operator.mul, (batch, step))
-        return graph.call_function(operator.add, (scaled, at_two - 2 * step))
-    if at_two == at_three and isinstance(at_two, _CONSTANT):
-        return graph.call_function(_constant, (at_two,))
-    raise SplitError(f"a value of type {type(at_two).__name__} crosses the boundary and cannot be remade from rows")
-
-
-def _constant(value: Any) -> Any:
-    """A value that does not depend on the batch, as a node that others can refer to."""
-    return value
-
-
-def _shared_memory(nodes: list[fx.Node], values: dict[int, tuple[Any, Any]]) -> tuple[dict[int, int], set[int]]:
-    """Crossing values in the memory of another one, so that a write must reach both.
-
-    Returns:
-        Positions that are the very tensor at another position (what an in-place module returns), and positions that
-        are views of another one and are remade from it.
-    """
-    same: dict[int, int] = {}
-    views: set[int] = set()
-    owners: dict[int, int] = {}
-    for position, (value, _) in values.items():
-        if not isinstance(value, Tensor) or not value.numel():
-            continue
-        base = owners.setdefault(value.untyped_storage().data_ptr(), position)
-        if base == position:
-            continue
-        if _is_view_of(nodes[position], nodes[base]):
-            views.add(position)
-        elif _geometry(value) == _geometry(values[base][0]):
-            same[position] = base
-    return same, views
-
-
-def _geometry(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _is_view_of(node: fx.Node, base: fx.Node) -> bool:
-    """Whether only view ops lead from ``base`` to ``node``."""
-    if node is base:
-        return True
-    inputs = node.all_input_nodes
-    pure = node.op in ("call_function", "call_method") and node.target in _VIEWS
-    return pure and bool(inputs) and all(_is_view_of(parent, base) for parent in inputs)
+    return tuple(leaf for value in chosen for leaf in tensor_leaves(value))

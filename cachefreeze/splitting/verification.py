@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import BatchDependentError, SplitError
-from cachefreeze.isolation import preserved_buffers, preserved_random_state
+from cachefreeze.isolation import preserved_buffers, preserved_random_state, seed_initialised_generators
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
 from cachefreeze.tracing import Example
 
@@ -117,7 +117,7 @@ def _compare_training(cut: Cut, site: Site, some: Example) -> None:
 
 def _train_once(model: nn.Module, trained: dict[str, nn.Parameter], forward: Any) -> tuple[Any, Any, Any]:
     with preserved_buffers(model):
-        torch.manual_seed(0)
+        seed_initialised_generators(0)
         output = forward()
         floats = [
             t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad
