@@ -14,7 +14,8 @@ from cachefreeze.batches import Inputs
 from cachefreeze.errors import StaleCacheError, UsageError
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, check_loader
-from cachefreeze.manager import CacheManager, autocast, forward_arguments, model_device
+from cachefreeze.manager import CacheManager
+from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts, split
 from cachefreeze.stores import Store

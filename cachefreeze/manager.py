@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.errors import CorruptRowError, StaleCacheError, UsageError
-from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
-from cachefreeze.isolation import preserved_random_state
-from cachefreeze.loader import CachedLoader, Computed, NumericMode, PassCounts, Rows, check_loader, worker_loader
-from cachefreeze.reporting import caching_line
+from cachefreeze.errors import UsageError
+from cachefreeze.loader import CachedLoader, NumericMode, check_loader
+from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, forward_arguments
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
-from cachefreeze.stores import BadRow, FieldSpec, HDF5Store, Store, StoreSpec
-from cachefreeze.stores.codec import RowCodec, stored_dtype
-from cachefreeze.stores.opening import Wanted, for_another, open_store
-
-# Stored rows that are recomputed and compared whenever an existing store is opened.
-_RECOMPUTED_ROWS = 4
-# Relative to the largest magnitude: rows of another batch, perhaps another kernel; a wrong row is off by far more.
-_RECOMPUTED_TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class FillReport:
-    """What a fill did: rows and bytes of the whole store, and how many rows were computed for it."""
-
-    rows: int
-    computed_rows: int
-    nbytes: int
+from cachefreeze.stores import BadRow, HDF5Store, Store
+from cachefreeze.stores.opening import for_another
 
 
 class CacheManager:
@@ -60,12 +38,9 @@ class CacheManager:
         dtype: str | torch.dtype | None = None,
     ) -> None:
         self.parts = parts
-        self.mode = NumericMode(autocast)
         self._where = store
-        self._dtype = dtype
+        self._prefix = FrozenPrefix(parts, NumericMode(autocast), dtype)
         self._rows: dict[str, StoredRows] = {}
-        self.device = model_device(parts.model)
-        self.prefix_digest = tensors_digest(state_tensors(parts.prefix))
 
     def loader(
         self,
@@ -109,7 +84,7 @@ class CacheManager:
                 raise UsageError(f"name={name!r} holds the rows of other samples already; give this loader its own")
         else:
             where = self._where if not self._rows else for_another(self._where)
-            held = StoredRows(self, name, view, where, version or "")
+            held = StoredRows(self._prefix, name, view, where, version or "")
             self._rows[name] = held
         return CachedLoader(dataloader, held)
 
@@ -163,273 +138,9 @@ class CacheManager:
             held.store.close()
         self._rows.clear()
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The autocast state in which the prefix runs, whatever the ambient one is."""
-        return autocast(self.device, self.mode.autocast)
 
-
-class StoredRows:
-    """The rows of one loader's samples: how to make them, and the store that keeps them."""
-
-    def __init__(self, manager: CacheManager, name: str, view: View, where: str | Store, version: str) -> None:
-        self.manager = manager
-        self.name = name
-        self.view = view
-        self.dataset = view.dataset
-        parts = manager.parts
-        self.codecs = [
-            RowCodec(
-                name=f"activation.{i}",
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                stored=stored_dtype(tensor.dtype, manager._dtype),
-                batch_dim=tensor.batch_dim,
-                layout=tensor.layout,
-            )
-            for i, tensor in enumerate(parts.boundary.tensors)
-        ]
-        fields = [
-            FieldSpec(name=f"field.{i}", shape=tuple(values.shape[1:]), dtype=values.dtype)
-            for i, (_, values) in enumerate(view.fields())
-        ]
-        self.spec = StoreSpec(rows=len(view), fields=(*(codec.field for codec in self.codecs), *fields))
-        attributes = {
-            "model": type(parts.model).__name__,
-            "boundary": parts.boundary.name,
-            "name": name,
-            **{f"field.{i}": path for i, path in enumerate(view.layout.field_names)},
-        }
-        wanted = Wanted(
-            spec=self.spec,
-            name=name,
-            boundary=parts.boundary.name,
-            fingerprint={**self._numerics(), **view.identity(), "version": version},
-            attributes=attributes,
-            device=manager.device,
-        )
-        self.store = open_store(where, wanted)
-        # also when nothing is written here: a killed process may have left rows that have not reached the disk
-        self._uncommitted = True
-        self._recompute_some()
-
-    # --- the loader's row source ---
-
-    def check(self) -> None:
-        """Raise if stored rows would be stale: a prefix weight or buffer changed, or was thawed."""
-        prefix = self.manager.parts.prefix
-        thawed = [name for name, p in prefix.named_parameters() if p.requires_grad]
-        if thawed:
-            raise StaleCacheError(
-                f"{thawed[0].removeprefix('graph.')} before the boundary {self.manager.parts.boundary.name!r} is "
-                "trainable again, so its cached rows would be stale. Freeze it, or make a new Engine"
-            )
-        if tensors_digest(state_tensors(prefix)) != self.manager.prefix_digest:
-            raise StaleCacheError(
-                f"weights or buffers before the boundary {self.manager.parts.boundary.name!r} changed since the cache "
-                "was opened, so its rows are stale. Load weights before making the Engine; frozen parts must not move"
-            )
-
-    def absent(self, rows: Sequence[int]) -> list[int]:
-        """Which of ``rows`` are not stored, each once, in order."""
-        present = self.store.present(_index(rows)).tolist()
-        if all(present):
-            return []
-        return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
-
-    def fetch(self, rows: Sequence[int]) -> Any:
-        """The collated raw batch of ``rows``."""
-        return self.view.fetch(rows)
-
-    def collate(self, samples: list[Any]) -> Any:
-        """The user's collate function; an empty list gives None."""
-        return self.view.collate_fn(samples) if samples else None
-
-    def compute(self, rows: Sequence[int], raw: Any) -> Computed:
-        """Run the prefix over the collated raw batch of ``rows`` and write them where the store can be written."""
-        computed = self._run_prefix(rows, raw)
-        if self.store.writable:
-            self._uncommitted = True
-            self.store.write(torch.tensor(computed.rows), computed.values)
-        return computed
-
-    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
-        """The user's batch for ``rows``, some of which were just computed."""
-        index = _index(rows)
-        repaired: list[Computed] = []
-        while True:
-            try:
-                values = self._gather(index, [*computed, *repaired])
-                break
-            except CorruptRowError as error:
-                bad = list(dict.fromkeys(error.rows))
-                repaired.append(self.compute(bad, self.fetch(bad)))
-        made = sum(len(part.rows) for part in (*computed, *repaired))
-        counts.computed += made
-        counts.cached += len(index) - made
-        counts.repaired += sum(len(part.rows) for part in repaired)
-        counts.kept = self.store.writable
-        return self._assemble(values)
-
-    def progress(self) -> str:
-        """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``; empty once the store is full."""
-        done = self.store.count
-        if done == self.spec.rows:
-            return ""
-        return caching_line(self.manager.parts.boundary.name, done, self.spec.rows, self.spec.row_bytes)
-
-    # --- filling ---
-
-    def commit(self) -> None:
-        """Make what was written since the last commit durable; a cached epoch has nothing to wait for."""
-        if self._uncommitted and self.store.writable:
-            self.store.commit()
-            self._uncommitted = False
-
-    def fill(self, dataloader: DataLoader[Any], progress: Callable[[int], None] | None) -> FillReport:
-        """Compute every absent row, in order."""
-        self.check()
-        if not self.store.writable:
-            raise UsageError(f"the store of {self.name!r} is being written by another process; let that one fill it")
-        missing = self.absent(range(self.spec.rows))
-        size = dataloader.batch_size or 64
-        lists = [missing[i : i + size] for i in range(0, len(missing), size)]
-        with preserved_random_state():
-            for rows, raw in zip(lists, self._raw_batches(dataloader, lists), strict=True):
-                self.compute(rows, raw)
-                if progress is not None:
-                    progress(len(rows))
-        self.commit()
-        return FillReport(rows=self.spec.rows, computed_rows=len(missing), nbytes=self.store.nbytes)
-
-    def _raw_batches(self, dataloader: DataLoader[Any], lists: list[list[int]]) -> Iterator[Any]:
-        return iter(worker_loader(dataloader, self, lists))
-
-    # --- inside ---
-
-    def _numerics(self) -> dict[str, str]:
-        """Fingerprint fields of the prefix and of how it computes."""
-        parts, device = self.manager.parts, self.manager.device
-        tensors = [
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
-            for t in parts.boundary.tensors
-        ]
-        return {
-            "torch": torch.__version__,
-            "device": device.type,
-            "autocast": str(self.manager.mode.autocast),
-            "matmul": f"{torch.get_float32_matmul_precision()} tf32 {torch.backends.cudnn.allow_tf32}"
-            if device.type == "cuda"
-            else torch.get_float32_matmul_precision(),
-            "boundary": f"{parts.boundary.name}: {'; '.join(tensors)}",
-            "stored": ", ".join(str(codec.stored).removeprefix("torch.") for codec in self.codecs),
-            "weights": self.manager.prefix_digest,
-            "structure": structure(parts.prefix),
-        }
-
-    def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
-        manager, layout = self.manager, self.view.layout
-        example = layout.example(raw).to(manager.device)
-        if len(rows) == 1:
-            # kernels for a batch of one round differently from those for more: compute it as two
-            example = example.take([0, 0])
-        with torch.no_grad(), manager.autocast():
-            made = example.call(manager.parts.prefix)
-        tensors: tuple[Tensor, ...] = made if isinstance(made, tuple) else (made,)
-        samples = torch.tensor(list(rows))
-        values = {
-            codec.name: codec.encode(tensor.narrow(codec.batch_dim, 0, len(rows)), samples)
-            for codec, tensor in zip(self.codecs, tensors, strict=True)
-        }
-        names = [field.name for field in self.spec.fields[len(self.codecs) :]]
-        values |= dict(zip(names, layout.field_tensors(raw), strict=True))
-        return Computed(tuple(rows), values)
-
-    def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
-        """Rows from the store; where it keeps nothing, computed ones from where they were computed."""
-        if self.store.writable or not computed:
-            return self.store.read(index)
-        place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
-        wanted = index.tolist()
-        stored = [i for i, row in enumerate(wanted) if row not in place]
-        read = self.store.read(index[stored])
-        result = {}
-        for field in self.spec.fields:
-            fresh = torch.empty((len(wanted), *field.shape), dtype=field.dtype, device=self.store.device)
-            fresh[torch.tensor(stored, dtype=torch.int64)] = read[field.name]
-            for i, row in enumerate(wanted):
-                if row in place:
-                    part, position = place[row]
-                    fresh[i] = part.values[field.name][position]
-            result[field.name] = fresh
-        return result
-
-    def _assemble(self, values: dict[str, Tensor]) -> Any:
-        device = self.manager.device
-        sent = [_sent(values[field.name], device) for field in self.spec.fields]
-        count = len(self.codecs)
-        tensors = [codec.decode(rows) for codec, rows in zip(self.codecs, sent[:count], strict=True)]
-        rows = Rows(tensors, self.manager.mode, self.manager.parts, self.codecs[0].batch_dim)
-        return self.view.layout.assemble(rows, sent[count:])
-
-    def _recompute_some(self) -> None:
-        """Recompute a few stored rows and compare: the last check that a reused store is what it claims to be."""
-        present = torch.nonzero(self.store.present(torch.arange(self.spec.rows))).flatten()
-        if not len(present):
-            return
-        chosen = torch.unique(present[torch.linspace(0, len(present) - 1, _RECOMPUTED_ROWS).round().long()])
-        try:
-            stored = self.store.read(chosen)
-        except CorruptRowError:
-            return  # now absent: the loader computes them again and counts them as repaired
-        computed = self._run_prefix(chosen.tolist(), self.fetch(chosen.tolist()))
-        for field in self.spec.fields:
-            a, b = stored[field.name], computed.values[field.name].to(stored[field.name].device)
-            if torch.equal(a, b):
-                continue
-            off = float((a.double() - b.double()).abs().max())
-            largest = float(b.double().abs().max())
-            if not field.dtype.is_floating_point or not off <= _RECOMPUTED_TOLERANCE * max(largest, 1e-6):
-                raise StaleCacheError(
-                    f"the cache of {self.name!r} matches by fingerprint, but {field.name} of samples "
-                    f"{chosen.tolist()} differs from what is computed now (by up to {off:.2g}): the data changed in a "
-                    "way that no fingerprint sees. Remove the file, or pass version= to the loader"
-                )
-
-
-def _index(rows: Sequence[int]) -> Tensor:
-    """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list."""
-    return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, without waiting for what is queued there.
-
-    From pageable memory CUDA waits for the stream before it copies, ``non_blocking`` or not; pinned batches pass as
-    they are.
-    Source: https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
-    """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def model_device(model: torch.nn.Module) -> torch.device:
-    """The device of a model's parameters."""
-    first = next(model.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-def forward_arguments(model: torch.nn.Module) -> list[str]:
-    """Names of the arguments of a model's forward."""
-    return list(inspect.signature(model.forward).parameters)
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to ``dtype``, or none at all, whatever the ambient state is."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-
-
-def next_name(taken: Any) -> str:
+def next_name(taken: Iterable[str]) -> str:
     """``train``, ``val``, then ``data3``, …: names of loaders that were given none."""
-    names = ["train", "val", *(f"data{i}" for i in range(3, len(taken) + 4))]
-    return next(name for name in names if name not in taken)
+    used = set(taken)
+    names = ["train", "val", *(f"data{i}" for i in range(3, len(used) + 4))]
+    return next(name for name in names if name not in used)

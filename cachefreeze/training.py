@@ -17,8 +17,8 @@ from cachefreeze import checkpoints
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CheckpointError, UsageError
 from cachefreeze.loader import CachedLoader, PassingLoader, Rows
-from cachefreeze.manager import model_device
 from cachefreeze.reporting import EpochReport, Report, versions
+from cachefreeze.rows import model_device
 
 Loader = CachedLoader | PassingLoader
 LossFunction = Callable[..., Tensor]
