@@ -103,8 +103,11 @@ def table_row(epoch: EpochReport) -> str:
 
 
 def short_count(count: int) -> str:
-    """12345 -> ``12.3k``."""
-    return str(count) if count < 1000 else f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1e6:.1f}M"
+    """12345 -> ``12.3k``, 50000 -> ``50k``."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}".removesuffix(".0") + unit
+    return str(count)
 
 
 def short_bytes(nbytes: int, unit_of: int | None = None) -> str:
