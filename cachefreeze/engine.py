@@ -163,6 +163,7 @@ class Engine:
 
         Raises:
             StaleCacheError: The rows were made by another split, or for another autocast state.
+            UsageError: There are arguments of the model's forward beside the rows, which would not reach it.
         """
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)
         if rows is None:
@@ -175,7 +176,19 @@ class Engine:
                 f"the suffix runs with autocast={ambient.autocast}, its rows were made with autocast="
                 f"{rows.mode.autocast}; make the engine with autocast={ambient.autocast}, or train without"
             )
+        self._refuse_beside_rows(args, kwargs)
         return self.parts.suffix(*rows.tensors)
+
+    def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Rows stand for all that the model was given when it was split; labels of a dict batch pass by."""
+        known = forward_arguments(self.model)
+        extra = [f"argument {i}" for i, value in enumerate(args) if not isinstance(value, Rows)]
+        extra += [repr(name) for name, value in kwargs.items() if name in known and not isinstance(value, Rows)]
+        if extra:
+            raise UsageError(
+                f"engine() got rows and {', '.join(extra)}: the model was split with the inputs of the loader alone, "
+                "so nothing else reaches it. Name it in loader(inputs=…) if it is part of a batch, or use store='off'"
+            )
 
     def __repr__(self) -> str:
         return f"Engine({self.parts!r})" if self.parts is not None else f"Engine({type(self.model).__name__})"

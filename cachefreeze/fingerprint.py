@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # attributes of a module that say nothing about what it computes
-_BOOKKEEPING = {
+BOOKKEEPING = {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl",
 }  # fmt: skip
 # A walk this deep has left what a dataset or transform is made of; the limit keeps cyclic objects finite.
@@ -74,7 +74,7 @@ def structure(module: nn.Module) -> str:
             continue
         _walk(state, kind.forward, 0, set())
         for key, value in sorted(vars(child).items()):
-            if key not in _BOOKKEEPING and "hook" not in key and not isinstance(value, nn.Module | Tensor):
+            if key not in BOOKKEEPING and "hook" not in key and not isinstance(value, nn.Module | Tensor):
                 state.update(f"{key}=".encode())
                 _walk(state, value, 0, set())
     return state.hexdigest()

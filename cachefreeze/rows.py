@@ -73,6 +73,7 @@ class FrozenPrefix:
 
     def check(self) -> None:
         """Raise if rows made earlier would be stale."""
+        self.parts.follow()
         boundary = self.parts.boundary.name
         thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
         if thawed:

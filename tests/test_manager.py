@@ -304,3 +304,63 @@ def test_stores_are_read_in_child_processes(method, tmp_path):
     assert queue.get(timeout=60) == float(store.read(torch.arange(40))["activation.0"].sum())
     child.join()
     assert store.writable
+
+
+class Scaled(nn.Module):
+    """Reads a plain attribute and an optional argument behind the boundary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = Scale(6)
+        self.last = nn.Linear(6, 3)
+        self.temperature = 1.0
+
+    def forward(self, x, factor=1.0):
+        return self.last(self.first(x)) * factor / self.temperature
+
+
+def make_scaled():
+    model = Scaled()
+    cf.freeze(model, "last")
+    engine = cf.Engine(model, "host")
+    return model, engine, engine.loader(DataLoader(make_data(), 40))
+
+
+def test_arguments_beside_rows_are_refused_not_dropped():
+    model, engine, loader = make_scaled()
+    rows, _ = next(iter(loader))
+    assert torch.equal(engine(rows), model(make_data().tensors[0]))
+    for call in (lambda: engine(rows, 3.0), lambda: engine(rows, factor=3.0)):
+        with pytest.raises(UsageError, match="nothing else reaches it"):
+            call()
+    engine(x=rows, label=torch.zeros(3))  # what a dict batch holds beside the model's own arguments
+
+
+def test_plain_attributes_are_followed_from_pass_to_pass():
+    model, engine, loader = make_scaled()
+    next(iter(loader))
+    model.temperature = 2.0
+    rows, _ = next(iter(loader))
+    assert torch.equal(engine(rows), model(make_data().tensors[0]))
+
+
+def test_a_module_replaced_behind_the_engine_is_caught():
+    model, _, loader = make_scaled()
+    next(iter(loader))
+    model.last = nn.Linear(6, 3)
+    with pytest.raises(StaleCacheError, match="'last' of Scaled was replaced"):
+        next(iter(loader))
+
+
+def test_a_file_that_another_process_is_creating_is_waited_for(tmp_path):
+    """Two runs started together on a new cache: one writes, the other trains beside it."""
+    code = textwrap.dedent(HOLDER).format(path=[str(p) for p in sys.path], folder=tmp_path)
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)
+    ]
+    for process in started:
+        assert process.stdout.readline().strip() == b"holding"
+    for process in started:
+        process.communicate()
+        assert process.returncode == 0
+    assert len(list(tmp_path.glob("*.h5"))) == 1

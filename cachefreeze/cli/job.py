@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from cachefreeze.cli.data import Data, load_data
 from cachefreeze.cli.digits import PRETRAIN_CLASSES, DigitsCNN, pretrain
 from cachefreeze.cli.models import DIGITS_MODEL, build_model
 from cachefreeze.engine import Engine
-from cachefreeze.errors import UsageError
+from cachefreeze.errors import CacheFreezeError, UsageError
 from cachefreeze.training import Loader
 
 
@@ -45,13 +44,21 @@ def positive(text: str) -> int:
     return value
 
 
+def pixels(text: str) -> int:
+    """The side of an image: 1 to 16384."""
+    value = positive(text)
+    if value > 16384:
+        raise argparse.ArgumentTypeError(f"expected 1 to 16384 pixels, got {value}")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A number above 0."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value <= torch.finfo(torch.float32).max:  # also False for nan
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
     return value
 
@@ -78,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], c
     boundary.add_argument("--train-from", metavar="NAME", help="first module to train (default: the last block)")
     boundary.add_argument("--train-last", type=positive, metavar="N", help="train the last N blocks")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
-    parser.add_argument("--image-size", type=positive, metavar="N", help="pixels of the square crop")
+    parser.add_argument("--image-size", type=pixels, metavar="N", help="pixels of the square crop")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
@@ -97,10 +104,10 @@ def make_job(args: argparse.Namespace) -> Job:
     data = load_data(args.data, image_size=args.image_size)
     name = args.model or ("digits_cnn" if data.name == "digits" else "resnet18")
     out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
-    make_folder(out)
     torch.manual_seed(args.seed)
     model = _model(name, args, data)
     _freeze(model, args, data)
+    make_folder(out)
     engine = Engine(model.to(device), _store(args, out), dtype=args.cache_dtype)
     order = torch.Generator().manual_seed(args.seed)
     train = DataLoader(data.train, args.batch_size, shuffle=True, generator=order)
@@ -173,8 +180,17 @@ def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
 
 
 def _freeze(model: nn.Module, args: argparse.Namespace, data: Data) -> None:
-    example = torch.zeros(2, 3, data.image_size, data.image_size)
-    if args.train_from is not None:
-        cf.freeze(model, args.train_from, example_inputs=example)
-    else:
-        cf.freeze(model, train_last=args.train_last or 1, example_inputs=example)
+    size = data.image_size
+    try:
+        example = torch.zeros(2, 3, size, size)
+        if args.train_from is not None:
+            cf.freeze(model, args.train_from, example_inputs=example)
+        else:
+            cf.freeze(model, train_last=args.train_last or 1, example_inputs=example)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, CacheFreezeError):
+            raise
+        reason = "".join(str(error).strip().splitlines()[:1])[:200]
+        raise UsageError(
+            f"{type(model).__name__} cannot run on images of {size} px ({reason}); choose another --image-size"
+        ) from error

@@ -69,14 +69,20 @@ def run(args: argparse.Namespace) -> int:
 def _describe(made: job.Job) -> None:
     trained = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in made.model.parameters())
+    boundary = made.engine.boundary or "the first block"
     samples = f"{len(made.train.dataset)} training and {len(made.val.dataset)} validation samples"
     print(
         f"{type(made.model).__name__} on {made.data.name}: {samples}, {len(made.data.classes)} classes, "
-        f"{made.data.image_size} px; trains {trained:,} of {total:,} parameters from {made.engine.boundary!r} on"
+        f"{made.data.image_size} px; trains {trained:,} of {total:,} parameters from {boundary!r} on"
     )
     parts, cache = made.engine.parts, made.engine.cache
     if parts is None or cache is None:
-        print("no cache: the frozen part runs every epoch")
+        if made.engine.boundary is None:
+            print(
+                "nothing runs before the first trainable block: nothing is frozen, nothing is cached, all of it trains"
+            )
+        else:
+            print("no cache: the frozen part runs every epoch")
         return
     print(
         f"cache: {parts.cached_fraction:.1%} of the forward, {short_bytes(parts.boundary.bytes_per_sample)} a sample, "

@@ -44,6 +44,16 @@ class Parts:
     executor: str
     cached_fraction: float
 
+    def follow(self) -> None:
+        """Check that prefix and suffix are still the model's own; called at the start of every pass.
+
+        Raises:
+            StaleCacheError: A module was replaced after the split.
+        """
+        follow = getattr(self.suffix, "follow", None)
+        if follow is not None:
+            follow()
+
     def __repr__(self) -> str:
         tensors = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.boundary.tensors)
         return (

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from cachefreeze.errors import SplitError
+from cachefreeze.errors import SplitError, StaleCacheError
+from cachefreeze.fingerprint import BOOKKEEPING, digest
 from cachefreeze.freezing import FrozenLock
 from cachefreeze.isolation import eval_mode
 from cachefreeze.splitting.boundary import Cut, Site
@@ -110,6 +111,7 @@ class Suffix(nn.Module):
         self.graphs = nn.ModuleDict()
         # not registered: the whole model is no part of the suffix
         self._follow: dict[str, Any] = {"model": model, "opened": opened, "make": make}
+        self._attributes = _plain_attributes(opened)
 
     def train(self, mode: bool = True) -> Suffix:
         """Set the mode of the model, which is the only mode there is."""
@@ -123,9 +125,53 @@ class Suffix(nn.Module):
             self.graphs[key] = self._follow["make"]()
         return self.graphs[key]
 
+    def follow(self) -> None:
+        """Take up plain attributes that changed on traced-through modules; called between passes.
+
+        Raises:
+            StaleCacheError: A module that the suffix calls is no longer the model's.
+        """
+        model = self._follow["model"]
+        for graph in self.graphs.values():
+            assert isinstance(graph, fx.GraphModule)
+            for node in graph.graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    name = str(node.target)
+                    if _reach(model, name) is not _reach(graph, name):
+                        raise StaleCacheError(
+                            f"{name!r} of {type(model).__name__} was replaced after the loader was made, so what "
+                            "trains is not what the model holds; replace modules first, then make the Engine"
+                        )
+        attributes = _plain_attributes(self._follow["opened"])
+        if attributes != self._attributes:  # a forward that reads them is traced again
+            self._attributes = attributes
+            self.graphs.clear()
+
     def forward(self, *rows: Tensor) -> Any:
         """Run the trainable part on a fresh batch of rows, which it may write into."""
         return self.prepare()(*rows)
+
+
+def _reach(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path, None where there is none any more."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _plain_attributes(modules: tuple[nn.Module, ...]) -> str:
+    """Digest of what a traced forward may have read from its modules beside weights and submodules."""
+    return digest(
+        [
+            {
+                name: value
+                for name, value in vars(module).items()
+                if name not in BOOKKEEPING and "hook" not in name and not isinstance(value, nn.Module | Tensor)
+            }
+            for module in modules
+        ]
+    )
 
 
 class _Tracing:

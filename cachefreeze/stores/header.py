@@ -186,7 +186,9 @@ def decode(block: bytes, file_bytes: int, path: Path) -> Layout:
     try:
         return _decode(block, file_bytes)
     except CorruptStoreError as error:
-        raise CorruptStoreError(f"{path}: {error}. Remove the file to have it made again") from None
+        ours = block[: len(MAGIC)] == MAGIC
+        fix = "Remove the file to have it made again" if ours else "It may be somebody else's: name another file"
+        raise CorruptStoreError(f"{path}: {error}. {fix}") from None
 
 
 def _decode(block: bytes, file_bytes: int) -> Layout:

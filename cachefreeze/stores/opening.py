@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from cachefreeze.errors import CacheFreezeError, StaleCacheError, StoreError, StoreSpaceError, UsageError
 from cachefreeze.fingerprint import difference, identity
 from cachefreeze.stores.base import Store, StoreSpec
+from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.file import read_header
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore, free_device_bytes, free_host_bytes
@@ -25,6 +27,8 @@ _LOG = logging.getLogger("cachefreeze")
 # known before the first one.
 _DEVICE_SHARE = 0.25
 _HOST_SHARE = 0.5
+# How long to wait for a file that another process is creating: reserving its blocks takes a while on slow disks.
+_CREATION_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +151,18 @@ def _matching(store: HDF5Store, wanted: Wanted) -> Store:
 
 
 def _create(path: Path, wanted: Wanted) -> Store:
-    try:
-        return HDF5Store.create(path, wanted.spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes)
-    except StoreSpaceError:
-        raise
-    except StoreError:
-        if path.exists():  # another process made it in the meantime
-            return _matching(HDF5Store.open(path), wanted)
-        raise
+    deadline = time.monotonic() + _CREATION_SECONDS
+    while True:
+        try:
+            return HDF5Store.create(path, wanted.spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes)
+        except StoreSpaceError:
+            raise
+        except StoreError:
+            if path.exists():  # another process made it in the meantime
+                return _matching(HDF5Store.open(path), wanted)
+            if time.monotonic() > deadline or not lock_path(path).exists():
+                raise
+            time.sleep(0.05)  # another process holds the lock and is about to make it
 
 
 def _explain_miss(folder: Path, wanted: Wanted) -> None:
