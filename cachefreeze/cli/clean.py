@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cachefreeze.cli.files import add_place, cache_files, printable
-from cachefreeze.errors import CorruptStoreError, StoreError
+from cachefreeze.errors import StoreError
 from cachefreeze.reporting import short_bytes
 from cachefreeze.stores import remove_cache
 
@@ -22,11 +22,6 @@ def run(args: argparse.Namespace) -> int:
     for path in cache_files(args.place):
         try:
             nbytes = remove_cache(path)
-        except CorruptStoreError as error:
-            if named:
-                raise
-            print(f"kept {path.name}: {printable(str(error))}")
-            continue
         except StoreError as error:
             if named:
                 raise

@@ -33,12 +33,16 @@ class Job:
     out: Path
 
 
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
+def _whole(text: str) -> int:
     try:
-        value = int(text)
+        return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
     return value
@@ -65,10 +69,7 @@ def positive_float(text: str) -> float:
 
 def seed(text: str) -> int:
     """A seed: 0 to 2**63 - 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    value = _whole(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected 0 to 2**63 - 1, got {value}")
     return value

@@ -121,23 +121,21 @@ def _fastest(wanted: Wanted, folder: str) -> tuple[str, str]:
 
 
 def _open_file(place: Path, wanted: Wanted) -> Store:
-    if _names_a_file(place):
-        return _named_file(place, wanted)
+    named = _names_a_file(place)
+    path = place if named else _folder(place) / f"{wanted.file_stem}-{identity(wanted.fingerprint)}.h5"
+    if path.exists():
+        return _matching(HDF5Store.open(path), wanted)
+    if not named:
+        _explain_miss(place, wanted)
+    return _create(path, wanted)
+
+
+def _folder(place: Path) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot make the cache folder {place}: {error.strerror}; give another one") from error
-    path = place / f"{wanted.file_stem}-{identity(wanted.fingerprint)}.h5"
-    if path.exists():
-        return _matching(HDF5Store.open(path), wanted)
-    _explain_miss(place, wanted)
-    return _create(path, wanted)
-
-
-def _named_file(path: Path, wanted: Wanted) -> Store:
-    if not path.exists():
-        return _create(path, wanted)
-    return _matching(HDF5Store.open(path), wanted)
+    return place
 
 
 def _matching(store: HDF5Store, wanted: Wanted) -> Store:
