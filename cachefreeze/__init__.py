@@ -1,5 +1,6 @@
 """Run the frozen prefix of a network once per sample; train the rest from its cached activations."""
 
+from cachefreeze._started import STARTED  # noqa: F401 - first, before anything imports torch
 from cachefreeze.blocks import Block, blocks
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CacheFreezeError

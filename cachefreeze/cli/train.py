@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cachefreeze._started import STARTED
 from cachefreeze.cli import job
 from cachefreeze.errors import UsageError
 from cachefreeze.reporting import Report, short_bytes, table_header, table_row
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         engine.close()
     report.data = made.data.name
-    report.total_seconds = _process_seconds()
+    report.total_seconds = time.perf_counter() - STARTED
     for path in (made.out / "report.json", args.report):
         if path is not None:
             report.write(path)
@@ -106,15 +106,3 @@ def _conclude(report: Report, out: Path) -> None:
     if cached:
         line += f", a cached epoch {cached[len(cached) // 2]:.3f} s (median)"
     print(f"{line}; {report.total_seconds:.1f} s in all; model and report in {out}")
-
-
-def _process_seconds() -> float:
-    """Seconds since this process started, imports included; since this module was imported where unknown."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError, ValueError):
-        return time.perf_counter() - _IMPORTED
-
-
-_IMPORTED = time.perf_counter()
