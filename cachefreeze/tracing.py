@@ -221,7 +221,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
 
     class _Parameters(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if _operation(func) not in METADATA:
+            if operation(func) not in METADATA:
                 for leaf in pytree.tree_leaves((args, kwargs or {})):
                     if isinstance(leaf, nn.Parameter):
                         events.parameter(leaf)
@@ -303,7 +303,7 @@ def attribute(model: nn.Module, path: str) -> Any:
     return value
 
 
-def _operation(func: Any) -> str:
+def operation(func: Any) -> str:
     """The name of what a TorchFunctionMode intercepted: of the attribute, when it is a property's getter."""
     name = str(getattr(func, "__name__", ""))
     return str(getattr(getattr(func, "__self__", None), "__name__", "")) if name == "__get__" else name

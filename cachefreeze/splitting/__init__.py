@@ -15,13 +15,14 @@ from cachefreeze.freezing import boundary_event, boundary_of, is_locked, runs_be
 from cachefreeze.isolation import eval_mode, plain_attention, preserved_random_state
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.fx_executor import FxExecutor
+from cachefreeze.splitting.replay_executor import ReplayExecutor
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
 __all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "split"]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
-_EXECUTORS: tuple[Executor, ...] = (FxExecutor(),)
+_EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
 
 
 @dataclass(frozen=True, eq=False)

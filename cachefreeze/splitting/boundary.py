@@ -91,6 +91,13 @@ class Site:
     before: tuple[str, ...]
     frozen: frozenset[str]
 
+    @property
+    def known_as(self) -> str:
+        """The boundary's name in a recording, where a shared module has its first name."""
+        module = self.model.get_submodule(self.name)
+        names: dict[int, str] = {id(other): name for name, other in self.model.named_modules()}
+        return names[id(module)]
+
     @contextmanager
     def mode(self, *, train: bool) -> Iterator[None]:
         """The model in train or eval mode, with what lies before the boundary frozen and in eval mode."""

@@ -111,7 +111,7 @@ class Suffix(nn.Module):
         self.graphs = nn.ModuleDict()
         # not registered: the whole model is no part of the suffix
         self._follow: dict[str, Any] = {"model": model, "opened": opened, "make": make}
-        self._attributes = _plain_attributes(opened)
+        self._attributes = plain_attributes(opened)
 
     def train(self, mode: bool = True) -> Suffix:
         """Set the mode of the model, which is the only mode there is."""
@@ -142,7 +142,7 @@ class Suffix(nn.Module):
                             f"{name!r} of {type(model).__name__} was replaced after the loader was made, so what "
                             "trains is not what the model holds; replace modules first, then make the Engine"
                         )
-        attributes = _plain_attributes(self._follow["opened"])
+        attributes = plain_attributes(self._follow["opened"])
         if attributes != self._attributes:  # a forward that reads them is traced again
             self._attributes = attributes
             self.graphs.clear()
@@ -160,7 +160,7 @@ def _reach(module: nn.Module, path: str) -> Any:
     return value
 
 
-def _plain_attributes(modules: tuple[nn.Module, ...]) -> str:
+def plain_attributes(modules: tuple[nn.Module, ...]) -> str:
     """Digest of what a traced forward may have read from its modules beside weights and submodules."""
     return digest(
         [

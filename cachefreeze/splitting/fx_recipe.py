@@ -128,7 +128,7 @@ def _remake(graph: fx.Graph, at_two: Any, at_three: Any, batch: fx.Node, rows: A
         step = at_three - at_two
         scaled = graph.call_function(operator.mul, (batch, step))
         return graph.call_function(operator.add, (scaled, at_two - 2 * step))
-    if at_two == at_three and isinstance(at_two, _CONSTANT):
+    if isinstance(at_two, _CONSTANT) and at_two == at_three:
         return graph.call_function(_constant, (at_two,))
     raise SplitError(f"a value of type {type(at_two).__name__} crosses the boundary and cannot be remade from rows")
 

@@ -658,6 +658,34 @@ class Branches(nn.Module):
         return out
 
 
+class Masked(nn.Module):
+    """A small language model: a mask that glue expands, looked at in Python, labels inside, tied weights of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Token ids (batch, length) and a mask of the same shape to logits and a loss."""
+        padded = None if mask.all() else ~mask
+        hidden = self.embed(ids) + torch.arange(ids.shape[1], device=ids.device)[None, :, None] / 10
+        for layer in self.layers:
+            hidden = layer(hidden, src_key_padding_mask=padded)
+        logits = self.head(hidden)
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def _masked() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 11, (4, 5), generator=generator)
+    mask = torch.arange(5)[None] < torch.tensor([3, 5, 2, 4])[:, None]
+    return {"ids": ids, "mask": mask, "labels": ids.flip(1)}
+
+
 class _Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -725,6 +753,8 @@ TRAPS: dict[str, Trap] = {
     "random_suffix": Trap(RandomSuffix, vectors, "head"),
     "rebound_buffer": Trap(ReboundBuffer, vectors, "1"),
     "spectral_norm": Trap(SpectralSuffix, vectors, "2"),
+    "masked_mid": Trap(Masked, _masked, "layers.1"),
+    "masked_head": Trap(Masked, _masked, "head"),
     "noisy_tail": Trap(NoisyTail, vectors, "block"),
 }
 
