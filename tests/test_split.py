@@ -431,9 +431,10 @@ class TestParts:
         with pytest.raises(FreezeError, match=r"'conv9'.*Blocks, in order: conv1, conv2, head"):
             cf.split(Chain(), images(), "conv9")
 
-    def test_a_module_whose_weights_are_used_without_calling_it_is_named(self):
-        with pytest.raises(SplitError, match=r"'first\.out_proj' is never called"):
-            cf.split(TRAPS["attention"].make(), sequences(), "first.out_proj")
+    def test_a_module_whose_weights_are_used_without_calling_it_is_cut_where_they_are_used(self):
+        parts = cf.split(TRAPS["attention"].make(), sequences(), "first.out_proj")
+        assert parts.executor == "replay"
+        assert parts.boundary.name == "first.out_proj"
 
     def test_a_second_name_of_a_shared_module_is_the_same_boundary(self):
         class Two(HeadFirst):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefreeze.isolation import preserved_modes
-from cachefreeze.tracing import Example, Usage
+from cachefreeze.tracing import Call, Example, Usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,23 @@ class Site:
     frozen: frozenset[str]
 
     @property
+    def first_call(self) -> Call | None:
+        """The boundary's first call, or that of what it holds; None where its weights are used without a call."""
+        return self.usage.first_call_of(self.model, self.name)
+
+    @property
     def known_as(self) -> str:
-        """The boundary's name in a recording, where a shared module has its first name."""
-        module = self.model.get_submodule(self.name)
-        names: dict[int, str] = {id(other): name for name, other in self.model.named_modules()}
-        return names[id(module)]
+        """The name of the module whose call is the boundary's first: a shared module has its first name."""
+        first = self.first_call
+        return first.name if first is not None else self.name
+
+    def open_before(self, closed: set[str]) -> list[str]:
+        """Modules that are called before the boundary, outside every closed one, and run in part."""
+        within = {n for n in closed if n}
+        return sorted(
+            {call.name for call in self.usage.calls if call.start <= self.event}
+            - {c.name for c in self.usage.calls if any(c.name == n or c.name.startswith(f"{n}.") for n in within)}
+        )
 
     @contextmanager
     def mode(self, *, train: bool) -> Iterator[None]:

@@ -755,12 +755,12 @@ TRAPS: dict[str, Trap] = {
     "spectral_norm": Trap(SpectralSuffix, vectors, "2"),
     "masked_mid": Trap(Masked, _masked, "layers.1"),
     "masked_head": Trap(Masked, _masked, "head"),
+    "functional_dropout": Trap(FunctionalDropout, vectors, "head"),
     "noisy_tail": Trap(NoisyTail, vectors, "block"),
 }
 
 REFUSED: dict[str, Trap] = {
     "centred_batch": Trap(CentredBatch, vectors, "head", "other samples of its batch"),
-    "functional_dropout": Trap(FunctionalDropout, vectors, "head", "train and eval mode"),
     "random_prefix": Trap(RandomPrefix, vectors, "2", "draws random numbers"),
     "batch_mean": Trap(BatchMean, vectors, "2", "other samples of its batch"),
     "batch_size": Trap(BatchSize, vectors, "2", "batch"),
