@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 
-class FlopCounter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs inside it.
 
     ``torch.utils.flop_counter.FlopCounterMode`` counts by module as well, with gradient hooks that fail on custom
@@ -22,7 +22,7 @@ class FlopCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self._formulas = dict(flop_registry)
         for name in ("_scaled_dot_product_flash_attention_for_cpu",):

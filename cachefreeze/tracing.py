@@ -85,7 +85,7 @@ class Usage:
 def _first_name(model: nn.Module, name: str) -> str:
     """The name by which a recording knows a module: the first of those it is registered under."""
     module = model.get_submodule(name)
-    return next(n for n, m in model.named_modules() if m is module)
+    return next(str(n) for n, m in model.named_modules() if m is module)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Tracer(fx.Tracer):
     def __init__(self, is_leaf: Callable[[nn.Module, str], bool] | None = None, given: Example | None = None) -> None:
         vision = sys.modules.get("torchvision.ops")
         timm = sys.modules.get("timm.models._features_fx")
-        modules = (math,) if vision is None else (math, vision)
+        modules: Any = (math,) if vision is None else (math, vision)
         functions = tuple(timm.get_notrace_functions()) if timm is not None else ()
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)
         self._library: tuple[type, ...] = ()

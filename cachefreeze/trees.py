@@ -24,7 +24,11 @@ class Structure:
         leaf_count: Number of leaves.
     """
 
-    def __init__(self, key: Any, children: Sequence[Structure] = (), make: Callable[[list[Any]], Any] | None = None):
+    leaf_count: int
+
+    def __init__(
+        self, key: Any, children: Sequence[Structure] = (), make: Callable[[list[Any]], Any] | None = None
+    ) -> None:
         self._key = key
         self._children = tuple(children)
         self._make = make

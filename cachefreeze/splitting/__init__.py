@@ -143,8 +143,8 @@ def _check_trainable(site: Site) -> None:
     tied = next((n for n, p in model.named_parameters() if id(p) in owned and n in site.frozen), None)
     why = f": it is tied to {tied!r}, which is used before it" if tied else ""
     raise FreezeError(
-        f"nothing of {type(model).__name__} is left to train from {site.name!r} on{why}. {block_list(model, site.usage)} "
-        "Train from an earlier one"
+        f"nothing of {type(model).__name__} is left to train from {site.name!r} on{why}. "
+        f"{block_list(model, site.usage)} Train from an earlier one"
     )
 
 

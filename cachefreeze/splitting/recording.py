@@ -173,11 +173,11 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
     return recorder.recording
 
 
-class _Memory(TorchDispatchMode):
-    """Which values the memory of a tensor holds: for tensors that no torch function was seen to make (vmap, raw ops)."""
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which values a tensor's memory holds: for tensors that no torch function was seen to make (vmap, raw ops)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._holds: dict[int, frozenset[int]] = {}
         self._kept: list[Any] = []
 
@@ -498,10 +498,10 @@ class _Recorder(TorchFunctionMode):
         pure = bool(depend) and all(id(leaf) in self._pure for leaf in depend)
         if pure and not any(isinstance(leaf, nn.Parameter) for leaf in given):
             self._pure |= {id(leaf) for leaf in results}
-        if name in _READS and depend and self._checking:
-            # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
-            if not (pure and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))):
-                self._refuse_read(name)
+        # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
+        asks_truth = pure and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
+        if name in _READS and depend and self._checking and not asks_truth:
+            self._refuse_read(name)
         return pure
 
     def _follow_draw(self, name: str, func: Any, args: Any, kwargs: Any, made: list[Tensor], depend: list[Any]) -> None:
@@ -541,8 +541,8 @@ class _Recorder(TorchFunctionMode):
 
     def _refuse_read(self, name: str) -> None:
         raise SplitError(
-            f"replay: {self._where} reads a value of the batch into Python ({name}) before {self._before}, so a row may "
-            "depend on the other samples of its batch; train from an earlier block"
+            f"replay: {self._where} reads a value of the batch into Python ({name}) before {self._before}, so a row "
+            "may depend on the other samples of its batch; train from an earlier block"
         )
 
     def _refuse_draw(self, name: str, source: str, *, train: bool) -> None:
@@ -567,8 +567,8 @@ class _Recorder(TorchFunctionMode):
 
     def _refuse_random_control_flow(self) -> None:
         raise SplitError(
-            f"replay: {self._where} draws a random number to decide which layers run before {self._before} (LayerDrop?), "
-            "so no fixed part of the model runs before the boundary; set its rate to 0, or train from an earlier block"
+            f"replay: {self._where} draws a random number to decide which layers run before {self._before} "
+            "(LayerDrop?), so no fixed part runs before it; set its rate to 0, or train from an earlier block"
         )
 
 

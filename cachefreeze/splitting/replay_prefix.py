@@ -106,9 +106,12 @@ class Notes:
 class _Run(nn.Module):
     """What a prefix runs; a module, since a fingerprint leaves out modules that are not registered."""
 
-    def __init__(
-        self, replica: nn.Module, notes: Notes, opened: list[nn.Module], before: list[nn.Module]
-    ) -> None:
+    replica: nn.Module
+    notes: Notes
+    opened: list[nn.Module]
+    before: list[nn.Module]
+
+    def __init__(self, replica: nn.Module, notes: Notes, opened: list[nn.Module], before: list[nn.Module]) -> None:
         super().__init__()
         self.__dict__.update(replica=replica, notes=notes, opened=opened, before=before)
 

@@ -142,7 +142,7 @@ class ReplaySuffix(nn.Module):
 
         for tensor in trees.tensors(output):
             if tensor.requires_grad:
-                tensor.register_hook(begin)
+                tensor.register_hook(begin)  # type: ignore[no-untyped-call]
         self._outstanding = [*(p for p in self._outstanding if not p.in_backward), current][-2:]
 
     def _recomputed(self, name: str) -> tuple[_Pass, int]:
@@ -242,18 +242,20 @@ class _Inputs:
     def __init__(self, site: Site, planned: Plan, example: Example) -> None:
         leaves, self._tree = pytree.tree_flatten((example.args, example.kwargs))
         values = {v.place[3]: v for v in planned.values if v.place is not None and v.place[0] == "input"}
-        first = {id(leaves[at]): at for at in reversed(sorted(values))}  # one tensor may be given twice
+        first = {id(leaves[at]): at for at in sorted(values, reverse=True)}  # one tensor may be given twice
         self._leaves: list[tuple[int, Any]] = [
             (first[id(leaf)], values[first[id(leaf)]]) if isinstance(leaf, Tensor) else (-1, leaf) for leaf in leaves
         ]
         self._stand_ins = {at: leaves[at].detach().clone() for at in planned.stand_ins}
         for at, value in self._leaves:
             if at >= 0 and value.spec is None and value.shape[:1] == (2,):
-                raise SplitError(f"replay: input {input_name(site, example, at)} has two dimensions that look like a batch")
+                raise SplitError(
+                    f"replay: input {input_name(site, example, at)} has two dimensions that look like a batch"
+                )
 
     def _stand_in(self, current: _Pass, at: int, value: Value) -> Tensor:
         """The example's first sample, for every row."""
-        sample = self._stand_ins[at].to(current.rows[0].device)
+        sample: Tensor = self._stand_ins[at].to(current.rows[0].device)
         if value.spec is None:
             return sample
         return sample.narrow(value.spec.batch_dim, 0, 1).repeat_interleave(current.batch, value.spec.batch_dim)
@@ -283,7 +285,8 @@ def poisoned(
         sizes = list(spec.shape)
         sizes.insert(spec.batch_dim, current.batch)
         shape = tuple(sizes)
-    return current.poison(shape, dtype, current.rows[0].device, written)
+    made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
+    return made
 
 
 def nan(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, writable: bool) -> Tensor:

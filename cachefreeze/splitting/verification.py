@@ -143,9 +143,7 @@ def _train_once(model: nn.Module, forward: Any, seed: int) -> tuple[Any, Any, An
             for p in parameters.values():
                 p.grad = None
             output = trees.without_generation_caches(forward())
-            floats = [
-                t for t in trees.tensors(output) if (t.is_floating_point() or t.is_complex()) and t.requires_grad
-            ]
+            floats = [t for t in trees.tensors(output) if (t.is_floating_point() or t.is_complex()) and t.requires_grad]
             if not floats:
                 raise SplitError("the model's output needs no gradient, so nothing after the boundary can be trained")
             # weights that differ between elements: a plain sum is blind to softmax and to the order of outputs
