@@ -73,7 +73,6 @@ class FrozenPrefix:
 
     def check(self) -> None:
         """Raise if rows made earlier would be stale."""
-        self.parts.follow()
         boundary = self.parts.boundary.name
         thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
         if thawed:
@@ -81,6 +80,7 @@ class FrozenPrefix:
                 f"{thawed[0].removeprefix('graph.')} before the boundary {boundary!r} is trainable again, so its "
                 "cached rows would be stale. Freeze it, or make a new Engine"
             )
+        self.parts.follow()
         if self._weights() != self._digest:
             raise StaleCacheError(
                 f"weights or buffers before the boundary {boundary!r} changed since the cache was opened, so its rows "
