@@ -46,7 +46,7 @@ def assert_exact(trap: Trap, seed: int = 0) -> Parts:
     random_state = RandomState.capture()
     parts = split(other, inputs)
     assert not random_state.moved(), f"split() moved the random state of {random_state.moved()}"
-    _equal("state of the model that was split", state_of(whole), state_of(other))
+    assert_equal("state of the model that was split", state_of(whole), state_of(other))
     batches = [inputs.take(samples) for samples in _BATCHES] + [another(inputs), another(inputs).take([1, 2])]
     for train, count in ((False, 2), (True, 5), (False, 1), (True, 2)):
         if trap.train_from:  # what was frozen by hand has no lock: its modes stay as they were
@@ -115,7 +115,7 @@ def _steps(
         state = state_of(model)
         state.pop("modes")  # what is locked goes back to eval mode when it is called, or at the start of an epoch
         found.append({"output": detached(output), "draws": _draws(), **state})
-    _equal(where, found[0], found[1], tolerance)
+    assert_equal(where, found[0], found[1], tolerance)
 
 
 def _seed(seed: int) -> None:
@@ -147,7 +147,7 @@ def _rows_alone(parts: Parts, inputs: Example) -> None:
         alone = rows_of(parts, inputs.take([sample, sample, sample]))
         for spec, rows, row in zip(parts.boundary.tensors, together, alone, strict=True):
             one, own = rows.select(spec.batch_dim, sample), row.select(spec.batch_dim, 1)
-            _equal(f"row of sample {sample}", one, own, _ACROSS_BATCHES)
+            assert_equal(f"row of sample {sample}", one, own, _ACROSS_BATCHES)
 
 
 def detached(tree: Any) -> Any:
@@ -155,7 +155,12 @@ def detached(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _equal(where: str, expected: Any, got: Any, tolerance: float = 0.0) -> None:
+def assert_equal(where: str, expected: Any, got: Any, tolerance: float = 0.0) -> None:
+    """Compare two trees: structure, types, shapes, dtypes, values bit for bit, or floats within ``tolerance``.
+
+    Raises:
+        AssertionError: It says at which path of ``where`` they differ, and by how much.
+    """
     wanted, spec = pytree.tree_flatten_with_path(expected)
     found, other = pytree.tree_flatten_with_path(got)
     assert spec == other, f"{where}: another structure: {spec} against {other}"
