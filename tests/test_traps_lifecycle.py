@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,13 +45,14 @@ class Stack(nn.Module):
         self.stem = nn.Linear(6, 6)
         self.blocks = nn.ModuleList([Block() for _ in range(3)])
         self.gain = nn.Parameter(torch.ones(6))
+        self.scale, self.config = 1.0, SimpleNamespace(power=1)
         self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head((x * self.gain).mean(1))
+        return self.head((x * self.gain).mean(1)) ** self.config.power * self.scale
 
 
 @pytest.fixture(params=["fx", "replay"])

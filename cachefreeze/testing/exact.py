@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,11 @@ def assert_exact(trap: Trap, seed: int = 0) -> Parts:
         if trap.train_from:  # what was frozen by hand has no lock: its modes stay as they were
             whole.train(train)
             other.train(train)
-        for at, batch in enumerate(batches[-count:]):
+        made = [rows_of(parts, batch) for batch in batches]
+        rows_of(parts, inputs)  # what the prefix saw last is another batch than those that are compared now
+        for at, (batch, rows) in enumerate(list(zip(batches, made, strict=True))[-count:]):
             where = f"{'train' if train else 'eval'} batch {at}"
-            _steps(where, whole, other, parts, batch, trap.tolerance, train=train)
+            _steps(where, (whole, other), batch, partial(parts.suffix, *rows), trap.tolerance, train=train)
     _rows_alone(parts, inputs)
     return parts
 
@@ -99,14 +102,17 @@ def rows_of(parts: Parts, batch: Example) -> list[Tensor]:
 
 
 def _steps(
-    where: str, whole: nn.Module, other: nn.Module, parts: Parts, batch: Example, tolerance: float, *, train: bool
+    where: str,
+    models: tuple[nn.Module, nn.Module],
+    batch: Example,
+    suffix: Callable[[], Any],
+    tolerance: float,
+    *,
+    train: bool,
 ) -> None:
-    rows = rows_of(parts, batch)
+    whole, other = models
     found = []
-    forwards: list[tuple[nn.Module, Callable[[], Any]]] = [
-        (whole, lambda: batch.fresh().call(whole)),
-        (other, lambda: parts.suffix(*rows)),
-    ]
+    forwards: list[tuple[nn.Module, Callable[[], Any]]] = [(whole, lambda: batch.fresh().call(whole)), (other, suffix)]
     for model, forward in forwards:
         _seed(len(where) + batch.batch)
         output = forward()
