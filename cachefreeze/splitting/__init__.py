@@ -16,7 +16,9 @@ from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_s
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.costs import blocks
 from cachefreeze.splitting.fx_executor import FxExecutor
+from cachefreeze.splitting.planner import check_reads
 from cachefreeze.splitting.replay_executor import ReplayExecutor
+from cachefreeze.splitting.segment import make_segment
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
@@ -37,6 +39,7 @@ class Parts:
         boundary: Name of the first trainable block, and the tensors that cross.
         executor: Which executor made the cut.
         cached_fraction: Share of the forward's FLOPs that the cache removes, 0 to 1.
+        origin: Where the model was cut, and the inputs that the split was verified with.
         frozen_after: Names of frozen parameters that lie behind trainable ones, so that the cache spares them nothing.
     """
 
@@ -47,6 +50,7 @@ class Parts:
     executor: str
     cached_fraction: float
     frozen_after: tuple[str, ...]
+    origin: tuple[Site, Example] = field(repr=False)
     _before: tuple[str, ...] = field(repr=False)
 
     def follow(self) -> None:
@@ -60,6 +64,21 @@ class Parts:
         follow = getattr(self.suffix, "follow", None)
         if follow is not None:
             follow()
+
+    def segment_to(self, deeper: Parts) -> nn.Module:
+        """What turns rows here into rows at a deeper boundary of the same model, verified likewise.
+
+        Args:
+            deeper: ``split(model, example_inputs, train_from=…)`` at the deeper boundary.
+
+        Returns:
+            A module: one tensor per tensor of this boundary -> what ``deeper.prefix`` returns. It runs in eval mode
+            without gradients, and may write into the rows it is given.
+
+        Raises:
+            SplitError: ``deeper`` is not deeper, or of another model, or needs what rows here do not hold.
+        """
+        return make_segment(self, deeper)
 
     def __repr__(self) -> str:
         tensors = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.boundary.tensors)
@@ -114,6 +133,7 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
         try:
             cut = executor.cut(site, example)
             verify(cut, site, example)
+            check_reads(site, example)
         except SplitError as error:
             reasons.append(str(error))
             continue
@@ -121,8 +141,8 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
         fraction = _cached_fraction(cut, model, example)
         after = tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen)
         held = site.before if train_from is None else ()
-        return Parts(model, cut.prefix, cut.suffix, boundary, executor.name, fraction, after, held)
-    raise SplitError("; ".join(reasons))
+        return Parts(model, cut.prefix, cut.suffix, boundary, executor.name, fraction, after, (site, example), held)
+    raise SplitError("; ".join(dict.fromkeys(reasons)))
 
 
 def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -25,12 +25,15 @@ class BoundaryTensor:
         batch_dim: Where the batch dimension is in the tensor that the suffix takes.
         layout: Dimensions of the batched tensor from the slowest to the fastest in memory, so that channels_last
             comes back as it was made.
+        folded: How many neighbouring entries of the batch dimension a sample owns, where the model folds another one
+            into it (the frames of a video): the first of ``shape`` from ``batch_dim`` on. 0 where it does not.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     batch_dim: int
     layout: tuple[int, ...]
+    folded: int = 0
 
     @property
     def bytes_per_sample(self) -> int:
@@ -47,6 +50,24 @@ class BoundaryTensor:
             layout = tuple(sorted(dims, key=lambda d: (-tensor.stride()[d], d)))
         shape = tuple(size for d, size in enumerate(tensor.shape) if d != batch_dim)
         return cls(shape=shape, dtype=tensor.dtype, batch_dim=batch_dim, layout=layout)
+
+    @classmethod
+    def at(cls, tensor: Tensor, batch_dim: int, at_two: int, at_three: int) -> BoundaryTensor | None:
+        """Describe a tensor of two samples whose size is ``at_three`` for three; None where that is no batch."""
+        folded, rest = divmod(at_two, 2)
+        if rest or not folded or at_three != 3 * folded:
+            return None
+        if folded == 1:
+            return cls.of(tensor, batch_dim)
+        return replace(cls.of(torch.unflatten(tensor, batch_dim, (2, folded)), batch_dim), folded=folded)
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """A tensor as the model makes it -> one entry of the batch dimension per sample."""
+        return torch.unflatten(tensor, self.batch_dim, (-1, self.folded)) if self.folded else tensor
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`unfold`."""
+        return tensor.flatten(self.batch_dim, self.batch_dim + 1) if self.folded else tensor
 
 
 @dataclass(frozen=True, kw_only=True)

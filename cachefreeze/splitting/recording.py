@@ -106,6 +106,7 @@ class Recording:
         glanced: (when, numbers of values made of ids and masks alone that glue asked for a truth value): whatever the
             answer, the model does the same.
         operations: Names of what glue did before the last boundary.
+        settled: (when, number of values, number of operations) when the last closed call before it was done.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Recording:
     reads: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     glanced: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
+    settled: tuple[int, int, int] = (0, 0, 0)
 
     def needed(self, block: str) -> set[int]:
         """Values made before a boundary that are used from it on, or that glue before it reads into Python."""
@@ -227,6 +229,7 @@ class _Recorder(TorchFunctionMode):
             number = counts[call.name] = counts.get(call.name, -1) + 1
             self._calls[call.name, number] = call
         self._used = frozenset(counts)
+        self._pending = {key for key, call in self._calls.items() if rules.closes(call)}
         self._seen: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
         self._last_start = -1
@@ -290,6 +293,7 @@ class _Recorder(TorchFunctionMode):
             return own(*args, **kwargs)
         seen = self._seen[name] = self._seen.get(name, -1) + 1
         call = self._calls.get((name, seen))
+        self._pending.discard((name, seen))
         if self._closed is not None:
             return own(*args, **kwargs)
         if call is None or (self._checking and call.start < self._last_start):
@@ -326,6 +330,8 @@ class _Recorder(TorchFunctionMode):
             self._refuse_draw(name, "torch", train=False)
         with torch._C.DisableTorchFunction():
             self._close(name, number, given, numbers, before, result)
+        if not self._pending and not self._ended:
+            self.recording.settled = (self._tick(), len(self.recording.values), len(self.recording.operations))
         return result
 
     def _enter(self, block: str, call: Call, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -566,6 +572,9 @@ class _Recorder(TorchFunctionMode):
                 self._refuse_draw(name, ", ".join(moved), train=self._model.get_submodule(name).training)
 
     def _refuse_random_control_flow(self) -> None:
+        if not self._pending:  # all that is frozen has run: chance decides in the suffix
+            self._reach_by_use()
+            return
         raise SplitError(
             f"replay: {self._where} draws a random number to decide which layers run before {self._before} "
             "(LayerDrop?), so no fixed part runs before it; set its rate to 0, or train from an earlier block"

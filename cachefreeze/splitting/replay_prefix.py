@@ -62,6 +62,10 @@ class Notes:
         if len(self.found) == len(self._kept):
             raise Reached
 
+    def inputs(self, given: Any) -> None:
+        """Note the model's arguments."""
+        self.note("input", "", 0, pytree.tree_leaves(given))
+
     def around(self, name: str) -> Rewrite:
         """A forward that notes what it returns and writes."""
 
@@ -135,6 +139,7 @@ class ReplayPrefix(nn.Module):
         for made, _ in copied:
             made.training = False
         self.kept = planned.kept
+        self.tensors = planned.tensors
         # not registered: the replica holds what trains as well
         self.__dict__["_run"] = _Run(replica, notes, opened, [model.get_submodule(name) for name in site.before])
 
@@ -160,8 +165,9 @@ class ReplayPrefix(nn.Module):
         with preserved_modes(*run.before), preserved_buffers(run.opened), torch.no_grad(), suppress(Reached):
             for module in run.before:
                 module.training = False
-            notes.note("input", "", 0, pytree.tree_leaves((args, kwargs)))
+            notes.inputs((args, kwargs))
             run.replica(*args, **kwargs)
-        values = tuple(notes.found[place] for place in self.kept)
+        pairs = zip(self.kept, self.tensors, strict=True)
+        values = tuple(spec.unfold(notes.found[place]) for place, spec in pairs)
         notes.begin()
         return values[0] if len(values) == 1 else values

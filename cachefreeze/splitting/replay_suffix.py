@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,9 +45,11 @@ class _Pass:
 class ReplaySuffix(nn.Module):
     """Rows -> the model's output, by its own forward. It has no mode of its own: it follows the model's modules."""
 
-    def __init__(self, site: Site, planned: Plan, example: Example) -> None:
+    def __init__(
+        self, site: Site, planned: Plan, example: Example, around: Mapping[str, Rewrite] | None = None
+    ) -> None:
         super().__init__()
-        self._plan = planned
+        self.plan = planned
         self._places = {place: i for i, place in enumerate(planned.kept)}
         self._pass: _Pass | None = None
         self._outstanding: list[_Pass] = []
@@ -60,6 +62,8 @@ class ReplaySuffix(nn.Module):
             known = site.known_as
             self._called["\0boundary"] = sum(call.name == known for call in site.usage.calls)
             forwards[known] = self._boundary(arguments, forwards.get(known))
+        for name, rewrite in (around or {}).items():
+            forwards[name] = _around(rewrite, forwards.get(name))
         self.replica, self._copied = replicate(site.model, forwards)
         # modules whose forward runs here follow the model's attributes, in both directions
         running = names - {name for name, number in planned.closed if (name, number) not in planned.again}
@@ -87,13 +91,23 @@ class ReplaySuffix(nn.Module):
         """Run the trainable part on a fresh batch of rows, which it may write into."""
         return self.run(list(rows), nan)
 
-    def run(self, rows: list[Tensor], poison: Poison) -> Any:
-        """The model's forward on rows, with a poison in place of what is not kept."""
-        spec = self._plan.tensors[0]
-        current = self._pass = _Pass(rows, rows[0].shape[spec.batch_dim], poison)
+    def run(self, rows: list[Tensor], poison: Poison, see_inputs: Callable[[Any], None] | None = None) -> Any:
+        """The model's forward on rows, with a poison in place of what is not kept.
+
+        Args:
+            rows: One tensor per boundary tensor, which the forward may write into.
+            poison: Makes what stands for a value that is not kept.
+            see_inputs: Called with the model's arguments before the forward.
+        """
+        spec = self.plan.tensors[0]
+        batch = rows[0].shape[spec.batch_dim]
+        rows = [tensor.fold(row) for tensor, row in zip(self.plan.tensors, rows, strict=True)]
+        current = self._pass = _Pass(rows, batch, poison)
         args, kwargs = self._inputs.build(current, self._places)
         self._follow_attributes()
         try:
+            if see_inputs is not None:
+                see_inputs((args, kwargs))
             output = self.replica(*args, **kwargs)
         finally:
             self._pass = None
@@ -158,7 +172,7 @@ class ReplaySuffix(nn.Module):
     # --- stubs ---
 
     def _stub(self, name: str) -> Rewrite:
-        planned = self._plan
+        planned = self.plan
         calls = {number: call for (n, number), call in planned.closed.items() if n == name}
 
         def make(_module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +219,7 @@ class ReplaySuffix(nn.Module):
                 leaves.append(given[what])
             else:
                 row = places.get(("output", call.name, call.number, at))
-                value = self._plan.values[what]
+                value = self.plan.values[what]
                 leaves.append(
                     poisoned(current, value.spec, value.shape, value.dtype, value.written) if row is None else rows[row]
                 )
@@ -234,6 +248,15 @@ class ReplaySuffix(nn.Module):
             return forward
 
         return make
+
+
+def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:
+    """One rewrite of a forward around another."""
+
+    def make(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        return outer(module, own if inner is None else inner(module, own))
+
+    return make
 
 
 class _Inputs:
@@ -283,7 +306,10 @@ def poisoned(
     """What stands for a value that is not kept, with the batch of the rows."""
     if spec is not None:
         sizes = list(spec.shape)
-        sizes.insert(spec.batch_dim, current.batch)
+        if spec.folded:
+            sizes[spec.batch_dim] *= current.batch
+        else:
+            sizes.insert(spec.batch_dim, current.batch)
         shape = tuple(sizes)
     made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
     return made

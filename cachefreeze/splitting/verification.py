@@ -22,6 +22,8 @@ _ACROSS_BATCHES = 100.0
 _ON_CUDA = 10.0
 # Of the largest value among all tensors compared together: a gradient that is zero but for rounding has no digits.
 _NEGLIGIBLE = 1e-3
+# Samples of the example whose rows are compared with what each gives alone.
+_SAMPLES = 8
 # Training steps compared: what is random in one of them may take the same way by chance.
 _SEEDS = 2
 
@@ -38,6 +40,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
     """
     two = _differing(example)
     pairs = [two, two.take([0, 1, 0])]
+    before = [site.model.get_submodule(name) for name in site.before]
     with preserved_random_state() as random_state, preserved_state(site.model):
         with site.mode(train=False), torch.no_grad():
             for some in pairs:
@@ -52,7 +55,9 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                         "so no row is fixed; train from an earlier block"
                     )
                 _compare("eval output", expected, _fresh_call(site, _suffix, cut, rows, site), site)
+            _check_unwritten(cut, two, before, site)
             _check_separable(cut, site, two)
+            _check_separable(cut, site, example)
         with site.mode(train=True), torch.enable_grad():
             for seed in range(_SEEDS):
                 _compare_training(cut, site, pairs[0], seed)
@@ -95,9 +100,24 @@ def _batched(pair: Example) -> list[Tensor]:
     return [leaf for leaf in trees.tensors((pair.args, pair.kwargs)) if leaf.dim() and leaf.shape[0] == 2]
 
 
+def _check_unwritten(cut: Cut, some: Example, before: list[nn.Module], site: Site) -> None:
+    """A frozen module that writes a buffer even in eval mode makes rows depend on what was computed before."""
+    names = {id(module): name for name, module in site.model.named_modules()}
+    buffers = [(m, key, b, b.clone()) for m in before for key, b in m.named_buffers(recurse=False)]
+    with preserved_state(site.model):
+        some.fresh().call(site.model)
+        for module, key, buffer, value in buffers:
+            now = module._buffers.get(key)
+            if now is not buffer or not torch.equal(now.nan_to_num(0), value.nan_to_num(0)):
+                raise SplitError(
+                    f"{names[id(module)]!r} ({type(module).__name__}) runs before {site.name!r} and writes its buffer "
+                    f"{key!r} even in eval mode, so rows would depend on what was computed before them; train from it"
+                )
+
+
 def _check_separable(cut: Cut, site: Site, example: Example) -> None:
     together = _rows(cut, example.fresh())
-    for sample in (0, 1):
+    for sample in range(min(example.batch, _SAMPLES)):
         alone = _rows(cut, example.take([sample] * 3))  # other samples, and another number of them
         for spec, all_rows, one in zip(cut.tensors, together, alone, strict=True):
             wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
@@ -195,6 +215,11 @@ def _compare(what: str, expected: Any, got: Any, site: Site) -> None:
             raise SplitError(
                 f"{what} of the split at {site.name!r} is not the model's: {where} differs ({_difference(a, b)})"
             )
+
+
+def close_rows(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of rows are equal within what another batch size rounds."""
+    return _close(a, b, _ACROSS_BATCHES)
 
 
 def _magnitude(tensor: Tensor) -> float:

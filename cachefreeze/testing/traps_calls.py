@@ -85,7 +85,7 @@ def early_return(self: Any, x: Tensor, features: bool = False) -> Any:
     return self.head(self.mid(y))
 
 
-@table("mid", mid=linear(), refused="another order")
+@table("mid", mid=linear())
 def try_except(self: Any, x: Tensor) -> Any:
     """A failed call is caught, another one takes its place."""
     y = self.stem(x)
