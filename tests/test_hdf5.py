@@ -63,8 +63,8 @@ def path(tmp_path):
     return tmp_path / "rows.h5"
 
 
-def create(path, spec=None, **attributes):
-    return HDF5Store.create(path, spec or every_kind(), fingerprint={"weights": "abc"}, attributes=attributes)
+def create(path, spec=None, io="mmap", **attributes):
+    return HDF5Store.create(path, spec or every_kind(), fingerprint={"weights": "abc"}, attributes=attributes, io=io)
 
 
 def fill(path, spec=None):
@@ -329,10 +329,40 @@ class TestReopen:
         assert HDF5Store.open(path).writable
 
     @pytest.mark.parametrize("bad", ["sometimes", "", None])
-    def test_verify_is_one_of_three(self, path, bad):
-        fill(path)
+    def test_choices(self, path, bad):
+        """Verify is one of three, io one of two; anything else is named before anything is opened or made."""
+        for make in (create, lambda path, **choice: HDF5Store.open(path, **choice)):
+            with pytest.raises(UsageError, match=r"io=.*'mmap', 'pread'"):
+                make(path, io=bad)
         with pytest.raises(UsageError, match="verify="):
             HDF5Store.open(path, verify=bad)
+        assert not list(path.parent.iterdir())
+
+    def test_pread_maps_nothing(self, path):
+        """With io="pread" no part of the file is in the address space; workers get it the same way."""
+        fill(path)
+        store = HDF5Store.open(path, io="pread")
+        copy = pickle.loads(pickle.dumps(store))
+        for one in (store, copy):
+            assert_same(one.read(EVERY), values(store.spec, EVERY))
+            assert one.verify() == []
+        assert str(path) not in Path("/proc/self/maps").read_text()
+        mapped = HDF5Store.open(path)
+        assert str(path) in Path("/proc/self/maps").read_text()
+        for one in (store, copy, mapped):
+            one.close()
+        assert str(path) not in Path("/proc/self/maps").read_text()
+
+    def test_a_shortened_file_is_an_error_with_pread(self, path):
+        """Where a map would end the process by a signal, pread raises and names the file."""
+        layout = fill(path)
+        store = HDF5Store.open(path, io="pread")
+        os.truncate(path, layout.commit_offset)
+        with pytest.raises(StoreError, match=rf"cannot read {path}: the file ends [\d,]+ bytes early"):
+            store.read(EVERY)
+        with pytest.raises(StoreError, match="bytes early"):
+            store.verify()
+        store.forget(rows_of(1))
 
 
 class TestDamage:
@@ -742,40 +772,87 @@ class TestCreation:
         alive.release()
 
 
-class TestOneWriter:
-    def test_second_writer_reads(self, path):
-        """While one process writes, another opens the file read-only, without an error."""
-        writer = create(path)
-        writer.write(rows_of(1), values(writer.spec, rows_of(1)))
-        again = HDF5Store.open(path)
-        assert not again.writable
+class TestSharing:
+    def test_fillers_share_a_file(self, path):
+        """Whoever opens the file may fill it, and sees at once what others write."""
+        one = create(path)
+        two, reader = HDF5Store.open(path), HDF5Store.open(path, writable=False)
+        assert two.writable
+        one.write(rows_of(1), values(one.spec, rows_of(1)))
+        two.write(rows_of(2), values(one.spec, rows_of(2)))
+        for store in (one, two, reader):
+            assert store.present(rows_of(1, 2, 3)).tolist() == [True, True, False]
+            assert_same(store.read(rows_of(2, 1)), values(store.spec, rows_of(2, 1)))
+        with pytest.raises(StoreError, match="exists"):
+            create(path)
 
-        def work():
-            other = HDF5Store.open(path)
-            assert not other.writable
-            assert_same(other.read(rows_of(1)), values(other.spec, rows_of(1)))
-            with pytest.raises(StoreError, match="read-only"):
-                other.write(rows_of(2), values(other.spec, rows_of(2)))
-            with pytest.raises(StoreError, match="exists"):
-                create(path)
+    def test_a_row_is_claimed_once(self, path):
+        """Of two fillers one gets a row; the other learns that it is taken, and later that it is there."""
+        one, two = create(path), HDF5Store.open(path)
+        assert one.claim(rows_of(3, 4, 4, 9)).tolist() == [True] * 4
+        assert one.claim(rows_of(4)).tolist() == [True]  # still
+        assert two.claim(rows_of(2, 3, 4, 5, 9)).tolist() == [True, False, False, True, False]
+        one.write(rows_of(4), values(one.spec, rows_of(4)))
+        one.release(rows_of(3, 3, 7))
+        assert two.claim(rows_of(3, 4, 9)).tolist() == [True, False, False]
+        assert two.present(rows_of(3, 4, 9)).tolist() == [False, True, False]
+        one.close()
+        assert two.claim(rows_of(9)).tolist() == [True]
+        with pytest.raises(StoreError, match="read-only"):
+            HDF5Store.open(path, writable=False).claim(rows_of(0))
 
-        assert in_child(work) == 0
-        writer.write(rows_of(2), values(writer.spec, rows_of(2)))
-        writer.close()
-        assert HDF5Store.open(path).writable
+    def test_a_row_written_while_it_is_claimed(self, path, monkeypatch):
+        """A row that another filler finishes between a look and the lock is not computed again."""
+        one, two = create(path), HDF5Store.open(path)
+        lock = System.lock
 
-    def test_lock_dies_with_its_holder(self, path):
-        """After kill -9 of the writer the next one writes; there are no stale locks."""
+        def late(self, *args, **kwargs):
+            monkeypatch.undo()
+            one.write(rows_of(3), values(one.spec, rows_of(3)))
+            return lock(self, *args, **kwargs)
+
+        monkeypatch.setattr(System, "lock", late)
+        assert two.claim(rows_of(2, 3)).tolist() == [True, False]
+        assert one.claim(rows_of(2)).tolist() == [False]
+        one.forget(rows_of(3))
+        assert one.claim(rows_of(3)).tolist() == [True]  # and two has let go of it
+
+    def test_a_failed_write_gives_up_its_claim(self, path, monkeypatch):
+        """When one filler's disk fails, another may try."""
+        one, two = create(path), HDF5Store.open(path)
+        one.claim(rows_of(3))
+        monkeypatch.setattr(system, "pwrite", lambda fd, data, offset: 0)
+        with pytest.raises(StoreError, match="took no bytes"):
+            one.write(rows_of(3), values(one.spec, rows_of(3)))
+        assert two.claim(rows_of(3)).tolist() == [True]
+
+    def test_forgotten_rows_stay_absent(self, path):
+        """A row that was forgotten here is not found again in the table, until somebody here writes it."""
+        store = create(path)
+        store.write(rows_of(3), values(store.spec, rows_of(3)))
+        store.forget(rows_of(3))
+        assert store.present(rows_of(3)).tolist() == [False]
+        assert HDF5Store.open(path).present(rows_of(3)).tolist() == [True]
+        store.write(rows_of(3), values(store.spec, rows_of(3)))
+        assert store.present(rows_of(3)).tolist() == [True]
+
+    def test_locks_die_with_their_holder(self, path):
+        """After kill -9 of a filler its rows are anybody's; there are no stale locks."""
         fill(path)
 
         def work(ready):
             store = HDF5Store.open(path)
-            assert store.writable
+            store.forget(rows_of(1, 2))
+            assert store.claim(rows_of(1, 2)).all()
             ready()
             signal.pause()
 
+        store = HDF5Store.open(path)
+        store.forget(rows_of(1, 2))
         start_and_kill(work, 0)
-        assert HDF5Store.open(path).writable
+        assert store.claim(rows_of(1, 2)).all()
+        store.close()
+        assert FileLock.take(lock_path(path), 0) is not None
 
     def test_forked_child(self, path):
         """A forked child reads on, cannot write, and keeps no lock once the parent closes."""
@@ -799,7 +876,7 @@ class TestOneWriter:
             assert store.writable
             store.write(rows_of(0), values(store.spec, rows_of(0)))
             store._handles.lock.after_fork_in_child()  # as a kill would: closed, and nothing unlocked by hand
-            assert HDF5Store.open(path).writable
+            assert FileLock.take(lock_path(path), 0) is not None
         finally:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -809,8 +886,15 @@ class TestOneWriter:
     def test_child_closing_leaves_the_parents_lock(self, path):
         """What a forked child closes was never its own."""
         store = create(path)
-        assert in_child(store.close) == 0
-        assert not HDF5Store.open(path).writable
+        store.claim(rows_of(3))
+
+        def work():
+            store.release(rows_of(3))
+            store.close()
+
+        assert in_child(work) == 0
+        assert FileLock.take(lock_path(path), 0) is None
+        assert HDF5Store.open(path).claim(rows_of(3, 4)).tolist() == [False, True]
 
     def test_pickle_reopens_read_only(self, path):
         """A worker process gets the store read-only, under spawn as under fork."""
@@ -1021,9 +1105,14 @@ class TestFilling:
         assert len(calls) == 3
 
     def test_failed_sync(self, path, monkeypatch):
-        """After a failed fsync the kernel may have dropped pages: rows are judged by checksum again."""
+        """After a failed fsync the kernel may have dropped pages, and the next one succeeds without them.
+
+        Rows since the last good one are absent until written again; the others are judged by checksum again.
+        """
         store = create(path, one_field())
-        store.write(EVERY, values(store.spec, EVERY))
+        store.write(rows_of(0, 1), values(store.spec, rows_of(0, 1)))
+        store.commit()
+        store.write(rows_of(*range(2, ROWS)), values(store.spec, rows_of(*range(2, ROWS))))
 
         def fdatasync(fd):
             raise OSError(errno.EIO, "lost")
@@ -1031,9 +1120,15 @@ class TestFilling:
         monkeypatch.setattr(system, "fdatasync", fdatasync)
         with pytest.raises(StoreError, match="lost"):
             store.commit()
-        flip(path, layout_of(path).offsets["activation.0"] + 24 * 2)  # the page that was dropped
+        assert store.present(EVERY).tolist() == [True, True, *[False] * (ROWS - 2)]
+        assert HDF5Store.open(path).present(EVERY).all()
+        flip(path, layout_of(path).offsets["activation.0"] + 24)  # by the same token
         with pytest.raises(CorruptRowError):
-            store.read(rows_of(2))
+            store.read(rows_of(0, 1))
+        monkeypatch.undo()
+        store.write(rows_of(*range(1, ROWS)), values(store.spec, rows_of(*range(1, ROWS))))
+        store.commit()
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
 
     def test_portable_allocation(self, path, monkeypatch):
         """Without posix_fallocate the blocks are reserved all the same, by writing them."""
@@ -1044,9 +1139,11 @@ class TestFilling:
 
 
 def test_flock_where_there_are_no_ofd_locks(path, monkeypatch):
-    """Without open-file-description locks flock keeps the second writer out."""
+    """Without open-file-description locks one process fills the file, and claims what it likes."""
     monkeypatch.delattr("fcntl.F_OFD_SETLK")
     store = create(path)
+    assert store.claim(rows_of(1)).all()
+    store.write(rows_of(1), values(store.spec, rows_of(1)))
     assert not HDF5Store.open(path).writable
     assert in_child(lambda: store.close()) == 0
     assert not HDF5Store.open(path).writable

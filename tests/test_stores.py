@@ -72,6 +72,12 @@ class TestHDF5Store(StoreTests):
         return lambda spec: HDF5Store.create(tmp_path / "rows.h5", spec, fingerprint={"weights": "abc"})
 
 
+class TestHDF5StoreByPread(StoreTests):
+    @pytest.fixture
+    def make(self, tmp_path):
+        return lambda spec: HDF5Store.create(tmp_path / "rows.h5", spec, fingerprint={"weights": "abc"}, io="pread")
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Any sequence of calls leaves a store equal to a dict of rows."""
 
@@ -152,10 +158,10 @@ class HDF5Machine(StoreMachine):
         if row in self.model:
             self.forgotten[row] = self.model.pop(row)
 
-    @rule(verify=st.sampled_from(["first", "always", "never"]))
-    def reopen(self, verify):
+    @rule(verify=st.sampled_from(["first", "always", "never"]), io=st.sampled_from(["mmap", "pread"]))
+    def reopen(self, verify, io):
         self.store.close()
-        self.store = HDF5Store.open(self.path, verify=verify)
+        self.store = HDF5Store.open(self.path, verify=verify, io=io)
         assert self.store.writable
         self.model = self.forgotten | self.model
         self.forgotten = {}

@@ -1,4 +1,4 @@
-"""Remove a cache file: one of ours, and one that nobody is writing."""
+"""Remove a cache file: one of ours, and one that nobody fills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cachefreeze.stores.creation import lock_path, sweep
 from cachefreeze.stores.file import open_regular
 from cachefreeze.stores.header import MAGIC
 from cachefreeze.stores.locks import FileLock
-from cachefreeze.stores.system import pread_all, store_error, system
+from cachefreeze.stores.system import failing_as, pread_all, system
 
 
 def remove_cache(path: str | Path) -> int:
@@ -23,9 +23,23 @@ def remove_cache(path: str | Path) -> int:
 
     Raises:
         CorruptStoreError: It does not begin like a cache file, so it is not ours to remove.
-        StoreError: Another process is writing it, or it cannot be removed.
+        StoreError: Another process has it open to fill it, or it cannot be removed.
     """
     path = Path(path).absolute()
+    with failing_as("remove", path):
+        nbytes = _our_size(path)
+        lock = FileLock.take(lock_path(path), os.O_CREAT)
+        if lock is None:
+            raise StoreError(f"{path} is in use by another process; stop that one first")
+        try:
+            system.unlink(path)
+        finally:
+            lock.release(unlink=True)
+        sweep(path.parent)
+    return nbytes
+
+
+def _our_size(path: Path) -> int:
     fd, _ = open_regular(path, os.O_RDONLY)
     try:
         nbytes = os.fstat(fd).st_size
@@ -34,15 +48,4 @@ def remove_cache(path: str | Path) -> int:
         os.close(fd)
     if begins != MAGIC:
         raise CorruptStoreError(f"{path} is no cache file, so it is not removed")
-    try:
-        lock = FileLock.take(lock_path(path), os.O_CREAT)
-        if lock is None:
-            raise StoreError(f"{path} is being written by another process; stop that one first")
-        try:
-            system.unlink(path)
-        finally:
-            lock.release(unlink=True)
-        sweep(path.parent)
-    except OSError as error:
-        raise error if isinstance(error, StoreError) else store_error(error, "remove", path) from error
     return nbytes
