@@ -109,7 +109,8 @@ class HDF5Store(Store):
         layout, metadata = lay_out(spec, fingerprint, attributes)
         lock = create_file(path, layout.file_bytes, [*metadata, (0, encode(layout))])
         try:
-            return cls._attach(path, open_regular(path, os.O_RDWR)[0], lock, verify="first", io=io)
+            fd, _ = open_regular(path, os.O_RDWR)
+            return cls._attach(path, fd, *_checked_layout(fd, path), lock, verify="first", io=io)
         except BaseException:
             system.unlink(path)
             lock.release(unlink=True)
@@ -137,14 +138,14 @@ class HDF5Store(Store):
         path = Path(path).absolute()
         _require_platform()
         fd, may_write = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
+        layout, crc = _checked_layout(fd, path)  # first, or a lock would be left beside a file that is no cache
         try:
-            read_layout(fd, path)  # or a lock would be left beside a file that is no cache
             lock = _share(path, fd) if may_write else None
         except BaseException:
             os.close(fd)
             raise
         try:
-            return cls._attach(path, fd, lock, verify=verify, io=io)
+            return cls._attach(path, fd, layout, crc, lock, verify=verify, io=io)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -200,11 +201,12 @@ class HDF5Store(Store):
         return _reopen, (str(self._path), self._check_mode, self._io, self._crc)
 
     @classmethod
-    def _attach(cls, path: Path, fd: int, lock: FileLock | None, *, verify: Verify, io: IO) -> HDF5Store:
-        """Check the file and make a store of it, which owns ``fd``, and ``lock`` too once it is made."""
+    def _attach(
+        cls, path: Path, fd: int, layout: Layout, crc: int, lock: FileLock | None, *, verify: Verify, io: IO
+    ) -> HDF5Store:
+        """Make a store of an open file; it owns ``fd`` from here on, and ``lock`` too once it is made."""
         try:
             with failing_as("read", path):
-                layout, crc = read_layout(fd, path)
                 handles = _Handles(fd, lock, open_source(io, fd, layout.file_bytes))
                 store = cls(path, layout, crc, handles, verify=verify, io=io)
         except BaseException:
@@ -242,12 +244,13 @@ class HDF5Store(Store):
         lock = self._handles.lock
         assert lock is not None
         index = np.unique(rows[~self._looked(rows)].numpy())
-        for start, stop in stretches(index):
-            run = index[start:stop]
-            if lock.claim(run[0], len(run)):
-                self._claimed[run] = True
-            elif len(run) > 1:  # another process has some of them
-                self._claimed[run] = [lock.claim(row, 1) for row in run.tolist()]
+        with failing_as("lock rows of", self._path):
+            for start, stop in stretches(index):
+                run = index[start:stop]
+                if lock.claim(run[0], len(run)):
+                    self._claimed[run] = True
+                elif len(run) > 1:  # another process has some of them
+                    self._claimed[run] = [lock.claim(row, 1) for row in run.tolist()]
         # between the look above and the locks another process may have written some, and let go of them
         self._look(torch.from_numpy(index))
         written = index[self._claimed[index] & self._present.numpy()[index]]
@@ -260,8 +263,9 @@ class HDF5Store(Store):
         index = index[self._claimed[index]]
         self._claimed[index] = False
         if lock is not None and lock.fd is not None:
-            for start, stop in stretches(index):
-                lock.unclaim(int(index[start]), stop - start)
+            with failing_as("unlock rows of", self._path):
+                for start, stop in stretches(index):
+                    lock.unclaim(int(index[start]), stop - start)
 
     def _forget(self, rows: Tensor) -> None:
         self._forgotten[rows.numpy()] = True
@@ -359,6 +363,16 @@ class _Handles:
         if self.lock is not None:
             self.lock.release()
         self.source.close()
+
+
+def _checked_layout(fd: int, path: Path) -> tuple[Layout, int]:
+    """See :func:`read_layout`; closes ``fd`` where it raises."""
+    try:
+        with failing_as("read", path):
+            return read_layout(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _share(path: Path, fd: int) -> FileLock | None:
