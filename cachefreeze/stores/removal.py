@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cachefreeze.errors import CorruptStoreError, StoreError
@@ -27,7 +28,7 @@ def remove_cache(path: str | Path) -> int:
     """
     path = Path(path).absolute()
     with failing_as("remove", path):
-        nbytes = _our_size(path)
+        nbytes = cache_bytes(path)
         lock = FileLock.take(lock_path(path), os.O_CREAT)
         if lock is None:
             raise StoreError(f"{path} is in use by another process; stop that one first")
@@ -39,7 +40,29 @@ def remove_cache(path: str | Path) -> int:
     return nbytes
 
 
-def _our_size(path: Path) -> int:
+def in_use(path: str | Path) -> bool:
+    """Whether a process has the cache open to fill it; those that only read it leave no trace.
+
+    Raises:
+        StoreError: Its lock cannot be looked at.
+    """
+    path = Path(path).absolute()
+    with failing_as("look at the lock of", path), suppress(FileNotFoundError):
+        lock = FileLock.take(lock_path(path), 0)
+        if lock is None:
+            return True
+        lock.release()
+    return False
+
+
+def cache_bytes(path: str | Path) -> int:
+    """Size of a file that begins like a cache file, damaged or not.
+
+    Raises:
+        CorruptStoreError: It does not begin like one.
+        StoreError: It cannot be opened.
+    """
+    path = Path(path).absolute()
     fd, _ = open_regular(path, os.O_RDONLY)
     try:
         nbytes = os.fstat(fd).st_size
@@ -47,5 +70,5 @@ def _our_size(path: Path) -> int:
     finally:
         os.close(fd)
     if begins != MAGIC:
-        raise CorruptStoreError(f"{path} is no cache file, so it is not removed")
+        raise CorruptStoreError(f"{path} is no cache file, so it is left alone")
     return nbytes
