@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -351,3 +352,18 @@ def test_judges_find_a_wrong_row(tmp_path):
     store.forget(rows_of(2))
     with pytest.raises(AssertionError, match="row 2 is absent"):
         judge(store, truth, [{0}] * 8)
+
+
+def test_the_threat_model_names_tests_that_exist():
+    """A page that says which test shows a promise is itself a promise."""
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs" / "threat-model.md").read_text()
+    shown = {
+        name
+        for row in re.findall(r"^\|.*\| (.*) \|$", page, re.MULTILINE)
+        for name in re.findall(r"`(\w+(?:\.py)?)`", row)
+    }
+    assert len(shown) > 12
+    code = "".join(path.read_text() for path in tests.glob("test_*.py"))
+    for name in shown:
+        assert (tests / name).exists() or re.search(rf"(def|class) {name}\b", code), name

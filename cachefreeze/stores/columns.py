@@ -25,23 +25,23 @@ class Packed:
     """Rows as they are written: consecutive rows are consecutive bytes.
 
     Attributes:
-        data: (bytes,) uint8.
-        ends: (n + 1,) where row i begins in ``data``, and row i - 1 ends.
-        starts: (n,) where row i begins in the file.
+        data: The bytes of all rows.
+        ends: n + 1 numbers: where row i begins in ``data``, and row i - 1 ends.
+        starts: n numbers: where row i begins in the file.
     """
 
-    def __init__(self, data: NDArray[np.uint8], ends: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+    def __init__(self, data: memoryview, ends: list[int], starts: list[int]) -> None:
         self.data = data
         self.ends = ends
         self.starts = starts
 
-    def stretch(self, start: int, stop: int) -> NDArray[np.uint8]:
+    def stretch(self, start: int, stop: int) -> memoryview:
         """The bytes of rows start … stop - 1 of the batch."""
         return self.data[self.ends[start] : self.ends[stop]]
 
-    def rows(self) -> Sequence[NDArray[np.uint8]]:
+    def rows(self) -> list[memoryview]:
         """The bytes of each row."""
-        return [self.data[start:end] for start, end in pairwise(self.ends.tolist())]
+        return [self.data[start:end] for start, end in pairwise(self.ends)]
 
 
 @final
@@ -74,11 +74,9 @@ class Column:
             items = items.flatten(0, 1).index_select(0, kept.to(batch.device))
         data = items.cpu().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
         starts, sizes = self.spans(rows)
-        ends = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(sizes, out=ends[1:])
-        return Packed(data, ends, starts)
+        return Packed(data.data, [0, *sizes.cumsum().tolist()], starts.tolist())
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, list[NDArray[np.uint8]]]:
+    def gather(self, rows: Tensor) -> tuple[Tensor, Sequence[NDArray[np.uint8]] | NDArray[np.uint8]]:
         """Copy rows out of the file.
 
         Returns:
@@ -90,7 +88,7 @@ class Column:
         bytes_ = fresh.view(-1).view(torch.uint8).view(len(rows), row_bytes)
         if field.lengths is None:
             self._source.take(self._offset, rows.numpy(), bytes_.numpy())
-            raw = list(bytes_.numpy())
+            raw: Sequence[NDArray[np.uint8]] | NDArray[np.uint8] = bytes_.numpy()
         else:
             starts, sizes = (of.tolist() for of in self.spans(rows))
             raw = [row[:size] for row, size in zip(bytes_.numpy(), sizes, strict=True)]

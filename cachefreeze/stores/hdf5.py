@@ -292,16 +292,17 @@ class HDF5Store(Store):
         fd = self._handles.fd
         assert fd is not None
         recorded = self._table.of(index)["row_plus_1"] != 0
-        runs = list(stretches(index))
-        for start, stop in runs:
+        bytes_ = records.view(np.uint8).data
+        runs = [(start, stop, self._table.position(index[start])) for start, stop in stretches(index)]
+        for start, stop, position in runs if recorded.any() else ():
             # A row that is rewritten is absent until it is whole again, also to readers that never check.
             if recorded[start:stop].any():
-                pwrite_all(fd, np.zeros_like(records[start:stop]), self._table.position(index[start]))
+                pwrite_all(fd, bytes((stop - start) * RECORD_BYTES), position)
         for part in packed:
-            for start, stop in runs:
-                pwrite_all(fd, part.stretch(start, stop), int(part.starts[start]))
-        for start, stop in runs:
-            pwrite_all(fd, records[start:stop], self._table.position(index[start]))
+            for start, stop, _ in runs:
+                pwrite_all(fd, part.stretch(start, stop), part.starts[start])
+        for start, stop, position in runs:
+            pwrite_all(fd, bytes_[start * RECORD_BYTES : stop * RECORD_BYTES], position)
 
     def _sync(self, fd: int) -> None:
         try:
@@ -326,8 +327,10 @@ class HDF5Store(Store):
                 self._check(rows.numpy(), raw)
         return batch
 
-    def _check(self, index: NDArray[Any], raw: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
+    def _check(self, index: NDArray[Any], raw: Sequence[Sequence[NDArray[np.uint8]] | NDArray[np.uint8]]) -> None:
         suspects = np.flatnonzero(~self._verified[index]) if self._check_mode == "first" else np.arange(len(index))
+        if not len(suspects):
+            return
         expected = self._table.of(index[suspects])["xxh3_64"].tolist()
         good = [
             row_digest([data[at] for data in raw]) == digest

@@ -67,13 +67,13 @@ class CommitTable:
             yield rows, self._source.at(self.position(start), len(rows) * RECORD_BYTES).view(RECORD)
 
 
-def row_digest(parts: Sequence[NDArray[np.uint8]]) -> int:
-    """xxh3_64 over the bytes of one row, its fields in header order."""
+def row_digest(parts: Sequence[Any]) -> int:
+    """xxh3_64 over the bytes of one row, its fields (arrays or memory views) in header order."""
     if len(parts) == 1:
-        return xxhash.xxh3_64_intdigest(parts[0].data)
+        return xxhash.xxh3_64_intdigest(parts[0])
     digest = xxhash.xxh3_64()
     for part in parts:
-        digest.update(part.data)
+        digest.update(part)
     return digest.intdigest()
 
 

@@ -11,10 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import final
 
 from cachefreeze.errors import StoreError, StoreSpaceError
 
@@ -102,9 +99,9 @@ def _flock(kind: int, start: int, length: int) -> bytes:
     return struct.pack("@hhqqi0q", kind, os.SEEK_SET, start, length, 0)
 
 
-def pwrite_all(fd: int, data: bytes | NDArray[Any], offset: int) -> None:
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``, however often the kernel takes only a part of it."""
-    view = memoryview(data) if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    view = memoryview(data)
     while view:
         try:
             written = system.pwrite(fd, view, offset)
