@@ -39,6 +39,7 @@ from cachefreeze.stores.hdf5 import HDF5Store, read_header
 from cachefreeze.stores.header import encode
 from cachefreeze.stores.layout import HEADER_BYTES, metadata_sha256
 from cachefreeze.stores.locks import FileLock
+from cachefreeze.stores.sparse import SparseFile
 from cachefreeze.stores.system import System, system
 from cachefreeze.testing.stores import (
     ROWS,
@@ -1029,3 +1030,195 @@ def test_flock_where_there_are_no_ofd_locks(path, monkeypatch):
     assert not HDF5Store.open(path).writable
     store.close()
     assert HDF5Store.open(path).writable
+
+
+class TestEdges:
+    """What few machines and few moments show."""
+
+    def test_create_while_another_creates(self, path):
+        """Two creators of one name: the second is told, and leaves the first alone."""
+        creator = FileLock.take(lock_path(path), os.O_CREAT)
+        with pytest.raises(StoreError, match="another process is creating or removing"):
+            create(path)
+        creator.release(unlink=True)
+        create(path).close()
+
+    def test_a_sweeper_takes_a_temporary(self, path, monkeypatch):
+        """A temporary that a sweeper locks between its creation and its lock costs another name and no more."""
+        lock, swept = System.lock, []
+
+        def late(self, fd, *args, **options):
+            locked = Path(f"/proc/self/fd/{fd}").readlink()
+            if locked.suffix == ".tmp" and not swept:
+                swept.append(locked)
+                locked.unlink()
+            return lock(self, fd, *args, **options)
+
+        monkeypatch.setattr(System, "lock", late)
+        create(path).close()
+        assert swept
+        assert sorted(found.name for found in path.parent.iterdir()) == ["rows.h5", "rows.h5.lock"]
+
+    def test_removed_between_open_and_lock(self, path, monkeypatch):
+        """Whoever opens a file that is being removed is told, and leaves no lock behind."""
+        fill(path)
+        take = FileLock.take
+
+        def late(*args, **options):
+            path.unlink(missing_ok=True)
+            return take(*args, **options)
+
+        monkeypatch.setattr(FileLock, "take", late)
+        with pytest.raises(StoreError, match="removed while it was being opened"):
+            HDF5Store.open(path)
+        assert not list(path.parent.iterdir())
+
+    def test_the_lock_file_is_replaced_meanwhile(self, path, monkeypatch):
+        """A lock on a file that has lost its name is no lock: it is taken again."""
+        fill(path)
+        lock, unlinked = System.lock, []
+
+        def late(self, *args, **options):
+            if not unlinked:
+                lock_path(path).unlink()
+                unlinked.append(1)
+            return lock(self, *args, **options)
+
+        monkeypatch.setattr(System, "lock", late)
+        store = HDF5Store.open(path)
+        assert store.writable
+        assert FileLock.take(lock_path(path), 0) is None
+
+    @pytest.mark.parametrize("step", ["Mapped", "FileLock"])
+    def test_opening_fails_late(self, path, monkeypatch, step):
+        """A map that is refused, or a file system without locks: one clear error, no descriptor and no lock left."""
+        fill(path)
+
+        def refuse(*_, **__):
+            raise OSError(errno.ENOMEM if step == "Mapped" else errno.ENOLCK, "refused")
+
+        if step == "Mapped":
+            monkeypatch.setattr("cachefreeze.stores.source.mmap.mmap", refuse)
+        else:
+            monkeypatch.setattr(System, "lock", refuse)
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        with pytest.raises(StoreError, match=rf"cannot (read|lock) {path}: refused"):
+            HDF5Store.open(path)
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        with pytest.raises(StoreError, match="refused"):
+            create(path.with_name("new.h5"))
+        monkeypatch.undo()
+        assert not path.with_name("new.h5").exists()
+        assert FileLock.take(lock_path(path), 0) is not None
+
+    def test_a_folder_that_takes_no_lock(self, path, monkeypatch):
+        """A file that may be written in a folder that may not is read, without an error."""
+        fill(path)
+        lock_path(path).unlink()
+        real = System.open
+
+        def refuse(self, path, flags):
+            if flags & os.O_CREAT:
+                raise OSError(errno.EROFS, "read-only")
+            return real(self, path, flags)
+
+        monkeypatch.setattr(System, "open", refuse)
+        store = HDF5Store.open(path)
+        assert not store.writable
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
+        monkeypatch.setattr("cachefreeze.stores.source.mmap.mmap", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            HDF5Store.open(path)
+
+    def test_a_lock_that_the_system_refuses(self, path):
+        """Only a lock that another holds is reported as such; any other refusal is an error."""
+        path.touch()
+        with path.open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+            system.lock(file.fileno(), 0, 1)
+
+    def test_creation_fails_late(self, path, monkeypatch):
+        """A file that was made and cannot be opened is not left behind, nor is its lock."""
+        monkeypatch.setattr("cachefreeze.stores.source.mmap.mmap", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            create(path)
+        assert not list(path.parent.iterdir())
+
+    def test_file_systems_without_reservation(self, path, monkeypatch):
+        """Where the blocks cannot be reserved they are written; where that fails for another reason it is an error."""
+
+        def refuse(fd, offset, size):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        code = errno.EOPNOTSUPP
+        create(path).close()
+        assert path.stat().st_blocks * 512 >= path.stat().st_size - 4096
+        code = errno.EIO
+        with pytest.raises(StoreError, match="Input/output error"):
+            create(path.with_name("more.h5"))
+
+    @pytest.mark.parametrize("where", ["byteorder", "pwrite"])
+    def test_other_platforms(self, path, monkeypatch, where):
+        """Big-endian machines and systems without pwrite are refused by name, with what to use there."""
+        if where == "byteorder":
+            monkeypatch.setattr(hdf5.sys, "byteorder", "big")
+        else:
+            monkeypatch.delattr(os, "pwrite")
+        for call in (create, HDF5Store.open):
+            with pytest.raises(StoreError, match="little-endian POSIX system; use store='host'"):
+                call(path)
+
+    def test_free_space_that_nobody_knows(self, path, monkeypatch):
+        """The error for a full disk does not depend on the disk's answering."""
+
+        def refuse(_):
+            raise OSError(errno.EIO, "no answer")
+
+        monkeypatch.setattr("cachefreeze.stores.creation.free_bytes", lambda _: 1 << 40)
+        monkeypatch.setattr("cachefreeze.stores.system.free_bytes", refuse)
+        monkeypatch.setattr(System, "fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(StoreSpaceError, match="0 are free"):
+            create(path)
+
+    def test_libhdf5_that_does_not_align(self, path, monkeypatch):
+        """A libhdf5 that places data elsewhere than asked is found out before anything is written."""
+        real = h5py.File
+        monkeypatch.setattr(h5py, "File", lambda *args, **options: real(*args, **options | {"alignment_interval": 1}))
+        with pytest.raises(StoreError, match="libhdf5 placed datasets at"):
+            create(path)
+        assert not list(path.parent.iterdir())
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (one_field((1,), rows=2**32 - 1), "at most 4,294,967,294 rows"),
+            (one_field((1,) * 32), "32 dimensions, at most 31"),
+            (StoreSpec(rows=1, fields=one_field().fields * 257), "."),
+            (
+                StoreSpec(
+                    rows=1,
+                    fields=tuple(FieldSpec(name=f"f{at}", shape=(), dtype=torch.uint8) for at in range(257)),
+                ),
+                "257 fields: a cache file holds at most 256",
+            ),
+        ],
+        ids=["rows", "dimensions", "names", "fields"],
+    )
+    def test_beyond_the_format(self, path, spec, message):
+        with pytest.raises(StoreError, match=message):
+            create(path, spec)
+        assert not list(path.parent.iterdir())
+
+
+def test_sparse_file():
+    """It behaves as a file of zeros in which only what was written takes memory."""
+    file = SparseFile()
+    assert (file.readable(), file.writable(), file.seekable()) == (True, True, True)
+    assert file.seek(1 << 40) == file.tell() == 1 << 40
+    assert file.write(b"abc") == 3
+    assert file.seek(-5, os.SEEK_END) == (1 << 40) - 2
+    assert file.read(6) == b"\0\0abc\0"
+    assert file.seek(-1, os.SEEK_CUR) == (1 << 40) + 3
+    assert file.truncate() == file.size == (1 << 40) + 3
+    assert file.truncate(7) == 7
+    assert len(file.pages) == 1

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cachefreeze.errors import StoreError, StoreSpaceError, UsageError
 from cachefreeze.stores import memory
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
+from cachefreeze.stores.codec import stored_dtype
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore
 from cachefreeze.stores.ragged import Lengths
@@ -204,6 +205,13 @@ class TestMemory:
             make(one_field((1,), torch.uint8, rows=2049))
 
 
+def test_a_device_that_does_not_say_what_is_free():
+    """Its allocator decides; its pages are its own affair."""
+    store = DeviceStore(one_field(), "meta")
+    assert store.device.type == "meta"
+    assert memory.free_device_bytes(store.device) is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinning works with CUDA")
 def test_pin_needs_cuda():
     """Asking for pinned memory where there is none is an error, not a slow batch."""
@@ -294,3 +302,13 @@ def test_ragged_rows_take_their_own_length(make):
     store = make(one_ragged((1000,)))
     kept = sum(tensor.numel() * tensor.element_size() for tensor in store._data.values())
     assert kept == store.nbytes + 4000 == (sum(lengths_of()) + 1) * 4000
+
+
+@pytest.mark.parametrize("wanted", ["int8", "double", torch.int8, torch.float64])
+def test_rows_are_kept_in_few_dtypes(wanted):
+    """Anything but the three that rows may be narrowed to is named, as a string or a dtype."""
+    with pytest.raises(UsageError, match="expected one of auto, float32, float16, bfloat16"):
+        stored_dtype(torch.float32, wanted)
+    assert stored_dtype(torch.float32, torch.bfloat16) == stored_dtype(torch.float32, "bfloat16") == torch.bfloat16
+    assert stored_dtype(torch.int64, "float16") == torch.int64
+    assert stored_dtype(torch.float16, "float32") == torch.float16
