@@ -1,0 +1,103 @@
+"""One field of a cache file as bytes: where each row lies, and how a batch becomes those bytes and comes back.
+
+Shapes:
+    packed: (bytes,) uint8, the rows of a batch one after another, each at its own length.
+    padded: (n, width * item_bytes) uint8, the rows of a batch side by side; zeros follow a row's last byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachefreeze.stores.base import FieldSpec
+from cachefreeze.stores.source import Source
+
+
+@final
+class Packed:
+    """Rows as they are written: consecutive rows are consecutive bytes.
+
+    Attributes:
+        data: The bytes of all rows.
+        ends: n + 1 numbers: where row i begins in ``data``, and row i - 1 ends.
+        starts: n numbers: where row i begins in the file.
+    """
+
+    def __init__(self, data: memoryview, ends: list[int], starts: list[int]) -> None:
+        self.data = data
+        self.ends = ends
+        self.starts = starts
+
+    def stretch(self, start: int, stop: int) -> memoryview:
+        """The bytes of rows start … stop - 1 of the batch."""
+        return self.data[self.ends[start] : self.ends[stop]]
+
+    def rows(self) -> list[memoryview]:
+        """The bytes of each row."""
+        return [self.data[start:end] for start, end in pairwise(self.ends)]
+
+
+@final
+class Column:
+    """One field's dataset within the file.
+
+    Args:
+        field: What it holds.
+        source: The file.
+        offset: Of the dataset.
+    """
+
+    def __init__(self, field: FieldSpec, source: Source, offset: int) -> None:
+        self.field = field
+        self._source = source
+        self._offset = offset
+
+    def spans(self, rows: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(n,) row indices -> where each row's bytes begin in the file, and how many they are."""
+        item_bytes, lengths = self.field.item_bytes, self.field.lengths
+        if lengths is None:
+            return self._offset + rows.numpy() * item_bytes, np.full(len(rows), item_bytes, np.int64)
+        return self._offset + lengths.starts(rows).numpy() * item_bytes, lengths.of(rows).numpy() * item_bytes
+
+    def pack(self, rows: Tensor, batch: Tensor) -> Packed:
+        """(n, *batch_shape) on any device -> the bytes of its rows, without padding."""
+        items = batch.detach()
+        if self.field.lengths is not None:
+            kept = self.field.lengths.mask(rows, batch.shape[1]).flatten().nonzero().flatten()
+            items = items.flatten(0, 1).index_select(0, kept.to(batch.device))
+        data = items.cpu().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
+        starts, sizes = self.spans(rows)
+        return Packed(data.data, [0, *sizes.cumsum().tolist()], starts.tolist())
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Sequence[NDArray[np.uint8]] | NDArray[np.uint8]]:
+        """Copy rows out of the file.
+
+        Returns:
+            The batch, and the bytes of each of its rows as the file has them.
+        """
+        field, shape = self.field, self.field.batch_shape(rows)
+        fresh = torch.zeros(shape, dtype=field.dtype) if field.lengths else torch.empty(shape, dtype=field.dtype)
+        row_bytes = field.item_bytes if field.lengths is None else shape[1] * field.item_bytes
+        bytes_ = fresh.view(-1).view(torch.uint8).view(len(rows), row_bytes)
+        if field.lengths is None:
+            self._source.take(self._offset, rows.numpy(), bytes_.numpy())
+            raw: Sequence[NDArray[np.uint8]] | NDArray[np.uint8] = bytes_.numpy()
+        else:
+            starts, sizes = (of.tolist() for of in self.spans(rows))
+            raw = [row[:size] for row, size in zip(bytes_.numpy(), sizes, strict=True)]
+            for row, start in zip(raw, starts, strict=True):
+                row[:] = self._source.at(start, len(row))
+        # A bool of any other byte than 0 and 1 is undefined behaviour in torch, and the file may hold one.
+        return (bytes_.ne(0).view(shape) if field.dtype == torch.bool else fresh), raw
+
+    def each(self, rows: Tensor) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of each row, one after another and without a batch."""
+        for start, size in zip(*(of.tolist() for of in self.spans(rows)), strict=True):
+            yield self._source.at(start, size)
