@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
+from cachefreeze.batches import map_tensors
 from cachefreeze.errors import LoaderError
 from cachefreeze.samples import is_map_style
 
@@ -314,7 +315,7 @@ def worker_loader(dataloader: DataLoader[Any], source: RowSource, lists: Any) ->
 
 def move(batch: Any, device: torch.device) -> Any:
     """Every tensor of a batch on ``device``; pinned memory is copied without waiting."""
-    return pytree.tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
+    return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
 def check_loader(dataloader: Any) -> None:

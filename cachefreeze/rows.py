@@ -319,8 +319,9 @@ def model_device(model: torch.nn.Module) -> torch.device:
 
 
 def forward_arguments(model: torch.nn.Module) -> list[str]:
-    """Names of the arguments of a model's forward."""
-    return list(inspect.signature(model.forward).parameters)
+    """Names of the arguments of a model's forward; ``*args`` and ``**kwargs`` name none."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from cachefreeze.batches import BatchLayout, Inputs
+from cachefreeze.batches import BatchLayout, Inputs, leaves_of
 from cachefreeze.errors import BatchDependentError, RandomSampleError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState, preserved_random_state
@@ -170,7 +170,7 @@ def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> No
                 "the loader a deterministic collate_fn and mix in the training loop; or pass assume_deterministic=True"
             )
         alone = collate([copy.deepcopy(a), copy.deepcopy(a)])
-        for one, two in zip(pytree.tree_leaves(alone), pytree.tree_leaves(together), strict=False):
+        for one, two in zip(leaves_of(alone), leaves_of(together), strict=False):
             if isinstance(one, Tensor) and one.dim() and two.dim() and not _same_row(one[0], two[0]):
                 raise BatchDependentError(
                     "the collate function makes a sample depend on the others of its batch, so no single row stands "
@@ -209,11 +209,13 @@ def view_line(dataset: Any) -> str:
 
 
 def _same_row(a: Any, b: Any) -> bool:
-    """Equal up to padding: the common part is equal."""
+    """Equal up to padding on either side: the common part, from the front or from the back, is equal."""
     if a.dim() != b.dim():
         return False
-    common = tuple(slice(0, min(x, y)) for x, y in zip(a.shape, b.shape, strict=True))
-    return torch.equal(a[common], b[common])
+    sizes = [min(x, y) for x, y in zip(a.shape, b.shape, strict=True)]
+    front = tuple(slice(0, size) for size in sizes)
+    back = [tuple(slice(have - size, have) for have, size in zip(t.shape, sizes, strict=True)) for t in (a, b)]
+    return torch.equal(a[front], b[front]) or torch.equal(a[back[0]], b[back[1]])
 
 
 def _transform_of(dataset: Any) -> Any:
