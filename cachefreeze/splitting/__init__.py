@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,15 @@ from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.freezing import boundary_event, boundary_of, is_locked, runs_before
 from cachefreeze.isolation import eval_mode, plain_attention, preserved_random_state
+from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.fx_executor import FxExecutor
+from cachefreeze.splitting.padded_verification import verify_padded
 from cachefreeze.splitting.replay_executor import ReplayExecutor
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
-__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "split"]
+__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "split", "split_padded"]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
@@ -44,6 +47,11 @@ class Parts:
     boundary: Boundary
     executor: str
     cached_fraction: float
+
+    @property
+    def padded(self) -> frozenset[tuple[int, int]]:
+        """Input leaves and their dimensions that rows follow, where samples have different lengths."""
+        return frozenset((leaf, dim) for tensor in self.boundary.tensors for _, leaf, dim in tensor.follows)
 
     def follow(self) -> None:
         """Check that prefix and suffix are still the model's own; called at the start of every pass.
@@ -80,6 +88,42 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
             frozen by hand is still in train mode.
         SplitError: No executor can cut here exactly; the message names the module or op in the way.
     """
+    site, example = _located(model, example_inputs, train_from)
+    reasons = []
+    for executor in _EXECUTORS:
+        try:
+            cut = executor.cut(site, example)
+            verify(cut, site, example)
+        except SplitError as error:
+            reasons.append(str(error))
+            continue
+        return _parts(cut, site, example, executor.name)
+    raise SplitError("; ".join(reasons))
+
+
+def split_padded(model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]]]) -> Parts:
+    """:func:`split` for samples of different lengths: rows hold content alone, raw inputs are given with them.
+
+    Only the replay executor cuts here: a traced graph has the padded length of its example in it.
+
+    Args:
+        model: As for :func:`split`; the boundary is read from ``requires_grad``.
+        batches: Padded batches and the samples in them: of at least three samples, then of two and padded less, then
+            any others. Some samples are in several of them.
+
+    Raises:
+        FreezeError, SplitError: As for :func:`split`.
+        BatchDependentError: A row depends on how far its batch is padded.
+    """
+    site, example = _located(model, batches[0][0].example, None)
+    executor = ReplayExecutor()
+    cut = executor.cut(site, example, batches[1][0].example)
+    verify(cut, site, example)
+    verify_padded(cut, site, batches)
+    return _parts(cut, site, example, executor.name)
+
+
+def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
     example = Example.of(example_inputs)
     if example.batch < 2:
         raise SplitError(
@@ -96,18 +140,13 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
     site = _site(model, name, usage)
     if train_from is None:
         _check_modes(site)
-    reasons = []
-    for executor in _EXECUTORS:
-        try:
-            cut = executor.cut(site, example)
-            verify(cut, site, example)
-        except SplitError as error:
-            reasons.append(str(error))
-            continue
-        boundary = Boundary(name=name, tensors=cut.tensors)
-        fraction = _cached_fraction(cut, model, example)
-        return Parts(model, cut.prefix, cut.suffix, boundary, executor.name, fraction)
-    raise SplitError("; ".join(reasons))
+    return site, example
+
+
+def _parts(cut: Cut, site: Site, example: Example, executor: str) -> Parts:
+    boundary = Boundary(name=site.name, tensors=cut.tensors)
+    fraction = _cached_fraction(cut, site.model, example)
+    return Parts(site.model, cut.prefix, cut.suffix, boundary, executor, fraction)
 
 
 def _site(model: nn.Module, name: str, usage: Usage) -> Site:

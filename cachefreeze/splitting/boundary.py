@@ -25,12 +25,17 @@ class BoundaryTensor:
         batch_dim: Where the batch dimension is in the tensor that the suffix takes.
         layout: Dimensions of the batched tensor from the slowest to the fastest in memory, so that channels_last
             comes back as it was made.
+        input: Which leaf of the model's inputs it is, if it is one; known where samples have different lengths.
+        follows: (dimension of the batched tensor, leaf of the model's inputs, dimension of that leaf) for every
+            dimension that is as long as the batch is padded.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     batch_dim: int
     layout: tuple[int, ...]
+    input: int | None = None
+    follows: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def bytes_per_sample(self) -> int:

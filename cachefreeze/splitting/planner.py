@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import preserved_buffers, preserved_random_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.tracing import METADATA, Example, operation
 
@@ -103,8 +104,14 @@ class Plan:
     live: frozenset[int]
 
 
-def plan(site: Site, example: Example) -> Plan:
+def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
     """Record and choose.
+
+    Args:
+        site: Where to cut.
+        example: The model's inputs.
+        shorter: Others that are padded to another length, where samples have different lengths: raw inputs then cost
+            nothing and are all kept, since a batch is collated anew each time.
 
     Raises:
         SplitError: The forward cannot be recorded alike at two batch sizes, or no rows can hold what crosses.
@@ -113,13 +120,16 @@ def plan(site: Site, example: Example) -> Plan:
     while True:
         try:
             two, three = (_record(site, example.take([i % example.batch for i in range(n)]), opened) for n in (2, 3))
+            other = None if shorter is None else _record(site, shorter.take([0, 1]), opened)
         except _OpenInstead as found:
             _open(site, opened, found.name, found.reason)
             continue
         _compare(site, two, three)
+        if other is not None:
+            follow_lengths(site, two, other)
         kept, live, obstacle = _minimum_cut(two)
         if obstacle is None:
-            chosen = sorted(kept)
+            chosen = sorted(kept if other is None else kept | _inputs(two))
             return Plan(
                 kept=tuple(_place(two.values[v]) for v in chosen),
                 tensors=tuple(_spec(two.values[v]) for v in chosen),
@@ -129,7 +139,8 @@ def plan(site: Site, example: Example) -> Plan:
             )
         value = two.values[obstacle]
         where = value.place[1] if value.place is not None else ""
-        reason = f"returns a tensor {value.shape} that has no batch dimension and is used after {site.name!r}"
+        what = "has no batch dimension" if value.spec is None else "follows the padded length in a way that no row can"
+        reason = f"returns a tensor {value.shape} that {what} and is used after {site.name!r}"
         _open(site, opened, where, reason)
 
 
@@ -387,8 +398,7 @@ def _minimum_cut(recording: Recording) -> tuple[set[int], set[int], int | None]:
     graph = nx.DiGraph()
     graph.add_nodes_from(["made", "used"])
     for number, value in enumerate(recording.values):
-        can = value.place is not None and value.spec is not None
-        capacity = {"capacity": _spec(value).bytes_per_sample} if can else {}
+        capacity = {"capacity": _cost(value)} if _fits_a_row(value) else {}
         graph.add_edge((number, "in"), (number, "out"), **capacity)
         for source in value.inputs:
             graph.add_edge((source, "out"), (number, "in"))
@@ -402,11 +412,24 @@ def _minimum_cut(recording: Recording) -> tuple[set[int], set[int], int | None]:
     except nx.NetworkXUnbounded:
         reaching = nx.ancestors(graph, "used")
         sources = (n for n, v in enumerate(recording.values) if v.opaque or not v.inputs)
-        return set(), set(), next(n for n in sources if recording.values[n].spec is None and (n, "out") in reaching)
+        return set(), set(), next(n for n in sources if not _fits_a_row(recording.values[n]) and (n, "out") in reaching)
     numbers = range(len(recording.values))
     kept = {n for n in numbers if (n, "out") in near and (n, "in") not in near}
     live = {n for n in numbers if (n, "in") in near}
     return kept, live, None
+
+
+def _fits_a_row(value: Value) -> bool:
+    return value.place is not None and value.spec is not None and fits_a_row(value.spec)
+
+
+def _cost(value: Value) -> int:
+    """Bytes to keep of a sample; an input of a batch that is collated anew each time is there anyway."""
+    return 0 if _spec(value).input is not None else _spec(value).bytes_per_sample
+
+
+def _inputs(recording: Recording) -> set[int]:
+    return {n for n, value in enumerate(recording.values) if value.spec is not None and value.spec.input is not None}
 
 
 def _place(value: Value) -> Place:

@@ -19,6 +19,7 @@ from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import eval_mode, preserved_buffers, preserved_random_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
 from cachefreeze.splitting.fx_executor import plain_attributes
+from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import ClosedCall, Place, Plan, plan
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.tracing import Example
@@ -29,10 +30,16 @@ class ReplayExecutor:
 
     name = "replay"
 
-    def cut(self, site: Site, example: Example) -> Cut:
-        """Propose a prefix and a suffix; raises SplitError where no rows can hold what crosses."""
-        planned = plan(site, example)
-        if not planned.kept:
+    def cut(self, site: Site, example: Example, shorter: Example | None = None) -> Cut:
+        """Propose a prefix and a suffix; raises SplitError where no rows can hold what crosses.
+
+        Args:
+            site: Where to cut.
+            example: The model's inputs.
+            shorter: Others that are padded to another length, where samples have different lengths.
+        """
+        planned = plan(site, example, shorter)
+        if all(tensor.input is not None for tensor in planned.tensors):
             raise SplitError(f"replay: nothing that is used after {site.name!r} depends on the inputs")
         prefix = ReplayPrefix(site, planned)
         suffix = ReplaySuffix(site, planned, example)
@@ -173,6 +180,7 @@ class ReplaySuffix(nn.Module):
         self._plan = planned
         self._places = {place: i for i, place in enumerate(planned.kept)}
         self._rows: list[Tensor] = []
+        self._given: list[Any] = []
         self._numbers = _Numbered()
         self._poison: Any = _nan
         leaves, self._tree = pytree.tree_flatten((example.args, example.kwargs))
@@ -223,7 +231,8 @@ class ReplaySuffix(nn.Module):
         for made, original in self._copied:
             made.training = original.training
         batch = rows[0].shape[self._plan.tensors[0].batch_dim]
-        given = []
+        given: list[Any] = []
+        self._given = []
         for at, (tensor, what) in enumerate(zip(self._is_tensor, self._inputs, strict=True)):
             place = ("input", "", 0, at)
             if not tensor:
@@ -232,19 +241,19 @@ class ReplaySuffix(nn.Module):
                 given.append(rows[self._places[place]])
             else:
                 given.append(self._poisoned(what[0], batch))
+        self._given = given
         args, kwargs = pytree.tree_unflatten(given, self._tree)
         try:
             return self.replica(*args, **kwargs)
         finally:
-            self._rows = []
+            self._rows, self._given = [], []
 
     def _poisoned(self, spec: BoundaryTensor | None, batch: int) -> Tensor:
         if spec is None:
             shape: tuple[int, ...] = ()
             return self._poison(shape, torch.float32, self._rows[0].device)  # type: ignore[no-any-return]
-        sizes = list(spec.shape)
-        sizes.insert(spec.batch_dim, batch)
-        return self._poison(tuple(sizes), spec.dtype, self._rows[0].device)  # type: ignore[no-any-return]
+        inputs = [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in self._given]
+        return self._poison(sizes_at(spec, batch, inputs or None), spec.dtype, self._rows[0].device)  # type: ignore[no-any-return]
 
     def _stub(self, name: str) -> Any:
         calls = {number: call for (n, number), call in self._plan.closed.items() if n == name}

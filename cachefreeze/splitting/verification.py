@@ -42,25 +42,27 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                 random_state.restore()  # a suffix may be random even in eval mode
                 expected = some.fresh().call(site.model)
                 random_state.restore()
-                rows = _rows(cut, some.fresh())
+                rows = rows_of(cut, some.fresh())
                 moved = random_state.moved()
                 if moved:
                     raise SplitError(
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
                         "so no row is fixed; train from an earlier block"
                     )
-                _compare("eval output", expected, _suffix(cut, rows, site), site)
+                compare("eval output", expected, suffix_of(cut, rows, site), site)
             _check_separable(cut, site, two)
         with site.mode(train=True), torch.enable_grad():
             _compare_training(cut, site, pairs[0])
 
 
-def _rows(cut: Cut, some: Example) -> list[Tensor]:
+def rows_of(cut: Cut, some: Example) -> list[Tensor]:
+    """What the prefix makes, in tensors of its own."""
     made = some.call(cut.prefix)
     return [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
 
 
-def _suffix(cut: Cut, rows: list[Tensor], site: Site) -> Any:
+def suffix_of(cut: Cut, rows: list[Tensor], site: Site) -> Any:
+    """What the suffix makes of rows; raises SplitError where it cannot run."""
     try:
         return cut.suffix(*rows)
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
@@ -88,15 +90,15 @@ def _batched(pair: Example) -> list[Tensor]:
 
 
 def _check_separable(cut: Cut, site: Site, example: Example) -> None:
-    together = _rows(cut, example.fresh())
+    together = rows_of(cut, example.fresh())
     for sample in (0, 1):
-        alone = _rows(cut, example.take([sample] * 3))  # other samples, and another number of them
+        alone = rows_of(cut, example.take([sample] * 3))  # other samples, and another number of them
         for spec, all_rows, one in zip(cut.tensors, together, alone, strict=True):
             wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
-            if not _close(wanted, got, _ACROSS_BATCHES):
+            if not close(wanted, got, _ACROSS_BATCHES):
                 raise BatchDependentError(
                     f"a row before {site.name!r} depends on the other samples of its batch (sample {sample}: "
-                    f"{_difference(wanted, got)}), so it cannot be cached; train from an earlier block"
+                    f"{difference(wanted, got)}), so it cannot be cached; train from an earlier block"
                 )
 
 
@@ -107,19 +109,20 @@ def _sample(rows: Tensor, spec: BoundaryTensor, index: int) -> Tensor:
 def _compare_training(cut: Cut, site: Site, some: Example) -> None:
     """One seeded forward and backward of the model and of the split: outputs, gradients, buffers."""
     trained = {n: p for n, p in site.model.named_parameters() if p.requires_grad}
-    whole = _train_once(site.model, trained, lambda: some.fresh().call(site.model))
+    whole = train_once(site.model, trained, lambda: some.fresh().call(site.model))
     try:
-        split = _train_once(site.model, trained, lambda: _suffix(cut, _rows(cut, some.fresh()), site))
+        split = train_once(site.model, trained, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site))
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
         first = "".join(str(error).strip().splitlines()[:1])
         raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {first}") from error
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole, split, strict=True):
-        _compare(what, expected, got, site)
+        compare(what, expected, got, site)
 
 
-def _train_once(model: nn.Module, trained: dict[str, nn.Parameter], forward: Any) -> tuple[Any, Any, Any]:
+def train_once(model: nn.Module, trained: dict[str, nn.Parameter], forward: Any) -> tuple[Any, Any, Any]:
+    """Output, gradients and buffers of one seeded forward and backward."""
     with preserved_buffers(model):
         seed_initialised_generators(0)
         output = forward()
@@ -141,7 +144,8 @@ def _weights(tensor: Tensor) -> Tensor:
     return torch.cos(torch.arange(tensor.numel(), device=tensor.device, dtype=torch.float32)).view(tensor.shape)
 
 
-def _compare(what: str, expected: Any, got: Any, site: Site) -> None:
+def compare(what: str, expected: Any, got: Any, site: Site) -> None:
+    """Raise SplitError unless two trees of values are equal within rounding."""
     wanted, spec = pytree.tree_flatten_with_path(expected)
     found, other = pytree.tree_flatten_with_path(got)
     if spec != other:
@@ -149,11 +153,11 @@ def _compare(what: str, expected: Any, got: Any, site: Site) -> None:
     floor = _NEGLIGIBLE * max((_magnitude(leaf) for _, leaf in wanted if isinstance(leaf, Tensor)), default=0.0)
     for (path, a), (_, b) in zip(wanted, found, strict=True):
         both = isinstance(a, Tensor) and isinstance(b, Tensor)
-        same = _close(a, b, floor=floor) if both else (a is None and b is None) or (a is not None and a == b)
+        same = close(a, b, floor=floor) if both else (a is None and b is None) or (a is not None and a == b)
         if not same:
             where = pytree.keystr(path) or "it"
             raise SplitError(
-                f"{what} of the split at {site.name!r} is not the model's: {where} differs ({_difference(a, b)})"
+                f"{what} of the split at {site.name!r} is not the model's: {where} differs ({difference(a, b)})"
             )
 
 
@@ -164,7 +168,8 @@ def _magnitude(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
-def _close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> bool:
+def close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> bool:
+    """Equal within ``factor`` times the rounding of the dtype, relative to the largest magnitude."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if torch.equal(a, b):
@@ -182,7 +187,8 @@ def _close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> boo
     return float((wanted - got).abs().max()) <= allowed
 
 
-def _difference(a: Any, b: Any) -> str:
+def difference(a: Any, b: Any) -> str:
+    """How two values differ, in words."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.numel():
         return f"largest difference {float((a.double() - b.double()).abs().max()):.2g}"
     if isinstance(a, Tensor) and isinstance(b, Tensor):
