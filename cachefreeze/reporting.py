@@ -119,8 +119,7 @@ def short_bytes(nbytes: int, unit_of: int | None = None) -> str:
     return f"{nbytes} B"
 
 
-def caching_line(boundary: str, rows: int, of_rows: int, row_bytes: int) -> str:
-    """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``."""
-    total_bytes = of_rows * row_bytes
-    done = short_bytes(rows * row_bytes, total_bytes).split(" ")[0]
+def caching_line(boundary: str, rows: int, of_rows: int, total_bytes: int) -> str:
+    """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``; bytes as if all rows were as long as their mean."""
+    done = short_bytes(rows * total_bytes // of_rows, total_bytes).split(" ")[0]
     return f"caching {boundary}: {short_count(rows)}/{short_count(of_rows)} rows, {done}/{short_bytes(total_bytes)}"

@@ -207,7 +207,7 @@ class StoredRows:
         done = self.store.count
         if done == self.spec.rows:
             return ""
-        return caching_line(self.prefix.parts.boundary.name, done, self.spec.rows, self.spec.row_bytes)
+        return caching_line(self.prefix.parts.boundary.name, done, self.spec.rows, self.spec.nbytes)
 
     # --- filling ---
 

@@ -62,6 +62,10 @@ def test_python_blocks_run(page, tmp_path, capsys, monkeypatch):
         engine = cf.Engine(model, "hdf5:rows.h5")
         list(engine.loader(given["train_loader"]))
         engine.close()
+        field = cf.FieldSpec.ragged(name="activation.0", lengths=range(9), rest=(4,), dtype=torch.float32)
+        sentences = cf.HDF5Store.create("sentences.h5", cf.StoreSpec(rows=9, fields=(field,)), fingerprint={})
+        sentences.write(torch.arange(9), {"activation.0": torch.ones(9, 8, 4)})
+        sentences.close()
     for code in FENCE.findall((ROOT / page).read_text()):
         exec(compile(code, page, "exec"), given)
     if page == "README.md":

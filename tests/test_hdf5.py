@@ -37,10 +37,20 @@ from cachefreeze.stores.base import FieldSpec, StoreSpec
 from cachefreeze.stores.creation import lock_path, sweep
 from cachefreeze.stores.file import open_regular, read_layout
 from cachefreeze.stores.hdf5 import HDF5Store, read_header
-from cachefreeze.stores.header import HEADER_BYTES, encode, metadata_sha256
+from cachefreeze.stores.header import encode
+from cachefreeze.stores.layout import HEADER_BYTES, metadata_sha256
 from cachefreeze.stores.locks import FileLock
 from cachefreeze.stores.system import System, system
-from cachefreeze.testing.stores import ROWS, assert_same, every_dtype, one_field, rows_of, values
+from cachefreeze.testing.stores import (
+    ROWS,
+    assert_same,
+    every_kind,
+    lengths_of,
+    one_field,
+    one_ragged,
+    rows_of,
+    values,
+)
 
 # Python 3.12 warns of fork in a process with threads. The children here use one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -54,7 +64,7 @@ def path(tmp_path):
 
 
 def create(path, spec=None, **attributes):
-    return HDF5Store.create(path, spec or every_dtype(), fingerprint={"weights": "abc"}, attributes=attributes)
+    return HDF5Store.create(path, spec or every_kind(), fingerprint={"weights": "abc"}, attributes=attributes)
 
 
 def fill(path, spec=None):
@@ -71,6 +81,14 @@ def layout_of(path):
         return read_layout(fd, path)[0]
     finally:
         os.close(fd)
+
+
+def place(layout, field, row):
+    """(offset in the file, bytes) of one row of a field."""
+    start, items = row, 1
+    if field.lengths is not None:
+        start, items = sum(field.lengths.values[:row].tolist()), int(field.lengths.values[row])
+    return layout.offsets[field.name] + start * field.item_bytes, items * field.item_bytes
 
 
 def flip(path, offset, bit=0):
@@ -115,15 +133,23 @@ def start_and_kill(work, seconds):
 class TestFormat:
     def test_plain_h5py_reads_it(self, path):
         """Anyone with h5py sees the values under the fields' names."""
-        spec = every_dtype()
+        spec = every_kind()
         fill(path)
         with h5py.File(path) as file:
-            assert set(file) == {"commit", *(field.name for field in spec.fields)}
+            ragged = [field for field in spec.fields if field.lengths is not None]
+            assert set(file) == {
+                "commit", *(field.name for field in spec.fields), *(f"lengths.{field.name}" for field in ragged)
+            }  # fmt: skip
+            for field in ragged:
+                np.testing.assert_array_equal(file[f"lengths.{field.name}"][()], field.lengths.values.numpy())
+                assert "items" in file[f"lengths.{field.name}"].attrs["cachefreeze"]
             for field in spec.fields:
                 want, dataset = values(spec, EVERY)[field.name], file[field.name]
                 assert dataset.attrs["cachefreeze"] == str(field.dtype).removeprefix("torch.")
                 if field.dtype in (torch.bfloat16, torch.bool):
                     want = want.view(torch.uint16 if field.dtype == torch.bfloat16 else torch.uint8)
+                if field.lengths is not None:  # in the file there is no padding
+                    want = want[field.lengths.mask(EVERY, want.shape[1])]
                 assert dataset.dtype.byteorder in "<=|"
                 np.testing.assert_array_equal(dataset[()], want.numpy())
             assert file["commit"]["row_plus_1"].tolist() == list(range(1, ROWS + 1))
@@ -133,7 +159,9 @@ class TestFormat:
         layout = fill(path)
         with h5py.File(path) as file:
             assert file.userblock_size == HEADER_BYTES
-            for name, offset in {**layout.offsets, "commit": layout.commit_offset}.items():
+            lengths = {f"lengths.{name}": offset for name, offset in layout.lengths_offsets.items()}
+            assert len(lengths) == 3
+            for name, offset in {**layout.offsets, **lengths, "commit": layout.commit_offset}.items():
                 assert file[name].chunks is None
                 assert file[name].id.get_offset() == offset
                 assert offset % 4096 == 0
@@ -181,6 +209,43 @@ class TestFormat:
         store.close()
         assert_same(HDF5Store.open(path).read(rows_of(1)), values(spec, rows_of(1)))
 
+    def test_many_ragged_fields_fit(self, path):
+        """As many ragged fields as the format allows, too, although each takes two datasets."""
+        fields = [FieldSpec.ragged(name=f"f{at}", lengths=[1, at], rest=(), dtype=torch.uint8) for at in range(256)]
+        spec = StoreSpec(rows=2, fields=tuple(fields))
+        store = create(path, spec)
+        store.write(rows_of(1), values(spec, rows_of(1)))
+        store.close()
+        assert_same(HDF5Store.open(path).read(rows_of(1)), values(spec, rows_of(1)))
+
+    def test_ragged_rows_take_their_own_length(self, path):
+        """Sentences of 0 to 60 tokens: the file is less than 5 % larger than their activations and ids."""
+        lengths = torch.randint(0, 60, (500,), generator=torch.Generator().manual_seed(0))
+        spec = StoreSpec(
+            rows=500,
+            fields=(
+                FieldSpec.ragged(name="activation.0", lengths=lengths, rest=(96,), dtype=torch.float32),
+                FieldSpec.ragged(name="field.ids", lengths=lengths, rest=(), dtype=torch.int64),
+            ),
+        )
+        true_bytes = int(lengths.sum()) * (96 * 4 + 8)
+        assert spec.nbytes == true_bytes
+        fill(path, spec)
+        assert true_bytes < path.stat().st_size < 1.05 * true_bytes
+        with h5py.File(path) as file:  # the example of docs/store-format.md
+            flat, lengths = file["activation.0"], file["lengths.activation.0"][()].astype(int)
+            starts = lengths.cumsum() - lengths
+            row = flat[starts[7] : starts[7] + lengths[7]]
+        np.testing.assert_array_equal(row, HDF5Store.open(path).read(rows_of(7))["activation.0"][0].numpy())
+
+    def test_lengths_are_part_of_the_spec(self, path):
+        """A file of the same shape but other lengths is another spec, and a reopened one has its own."""
+        store = create(path, one_ragged())
+        store.close()
+        assert HDF5Store.open(path).spec == store.spec
+        moved = FieldSpec.ragged(name="activation.0", lengths=lengths_of()[::-1], rest=(3,), dtype=torch.float32)
+        assert HDF5Store.open(path).spec != replace(store.spec, fields=(moved,))
+
     @pytest.mark.parametrize(
         ("name", "dtype", "message"),
         [
@@ -190,6 +255,7 @@ class TestFormat:
             ("", torch.float32, "field name"),
             (".", torch.float32, "field name"),
             ("a\n", torch.float32, "field name"),
+            ("lengths.a", torch.float32, "field name"),
             ("ok", torch.complex64, "complex64"),
         ],
     )
@@ -197,6 +263,13 @@ class TestFormat:
         """What the format cannot hold is named, and no file is made."""
         with pytest.raises(StoreError, match=message):
             create(path, StoreSpec(rows=2, fields=(FieldSpec(name=name, shape=(2,), dtype=dtype),)))
+        assert not list(path.parent.iterdir())
+
+    def test_refused_lengths(self, path):
+        """A row of more items than the format's u32 can say is named."""
+        long = FieldSpec.ragged(name="a", lengths=[1, 2**32], rest=(), dtype=torch.uint8)
+        with pytest.raises(StoreError, match=r"a row of 4,294,967,296 items"):
+            create(path, StoreSpec(rows=2, fields=(long,)))
         assert not list(path.parent.iterdir())
 
     def test_refused_strings(self, path):
@@ -270,7 +343,8 @@ class TestDamage:
         """A flip in any field of a row raises on reading, names the row, and the row can be written again."""
         layout = fill(path)
         for field in layout.spec.fields:
-            flip(path, layout.offsets[field.name] + 5 * field.row_bytes + field.row_bytes // 2, bit=3)
+            offset, size = place(layout, field, 5)
+            flip(path, offset + size // 2, bit=3)
             store = HDF5Store.open(path, verify=verify)
             assert [(bad.row, bad.field) for bad in store.verify()] == [(5, None)]
             assert field.name in store.verify()[0].reason
@@ -409,6 +483,60 @@ class TestDamage:
                 with suppress(CacheFreezeError):  # another attribute or another dtype of that size is as good
                     use(path)
                 assert time.process_time() - started < 0.5
+
+    @pytest.mark.parametrize(
+        ("lengths", "message"),
+        [
+            ([2, 5, 0, 1, 1, 7, 0, 2, 5, 0, 1, 2], "at most 7 and 26 in all, the header says 7 and 25"),
+            ([2, 5, 0, 1, 1, 6, 1, 2, 5, 0, 1, 1], "at most 6 and 25 in all, the header says 7 and 25"),
+            ([2**32 - 1] * 12, "at most 4,294,967,295 and 51,539,607,540 in all"),
+            ([0] * 12, "at most 0 and 0 in all"),
+        ],
+    )
+    def test_lying_lengths(self, path, lengths, message):
+        """Lengths that the digest vouches for are still held to what the header says of them."""
+        honest = fill(path, one_ragged())
+        raw = bytearray(path.read_bytes())
+        struct.pack_into("<12I", raw, honest.lengths_offsets["activation.0"], *lengths)
+        digest = metadata_sha256(honest.gaps, lambda offset, size: bytes(raw[offset : offset + size]))
+        raw[:HEADER_BYTES] = encode(replace(honest, metadata_sha256=digest))
+        path.write_bytes(raw)
+        for call in (HDF5Store.open, read_header):
+            with pytest.raises(CorruptStoreError, match=message):
+                call(path)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"items": 6},
+            {"items": 12 * 7 + 1},
+            {"items": 2**62},
+            {"items": True},
+            {"lengths_offset": 0},
+            {"lengths_offset": 65536 + 8},
+            {"lengths_offset": 2**62},
+            {"lengths_offset": "offset"},
+            {"shape": []},
+            {"shape": [0, 3]},
+        ],
+        ids=str,
+    )
+    def test_lying_ragged_fields(self, path, changes):
+        """What a header with a valid CRC says of a ragged field is held to the file's bounds."""
+        fill(path, one_ragged())
+        block = bytearray(path.read_bytes()[:HEADER_BYTES])
+        length = struct.unpack_from("<I", block, 12)[0]
+        tree = json.loads(block[16 : 16 + length])
+        field = tree["fields"][0]
+        field.update({key: field[value] if value == "offset" else value for key, value in changes.items()})
+        text = json.dumps(tree).encode()
+        block[12:65532] = (struct.pack("<I", len(text)) + text).ljust(65520, b"\0")
+        block[65532:] = struct.pack("<I", zlib.crc32(block[:65532]))
+        with path.open("r+b") as file:
+            file.write(block)
+        for call in (HDF5Store.open, read_header):
+            with pytest.raises(CorruptStoreError, match=r"items|lengths_offset|aligned|overlap|beyond|dimension|shape"):
+                call(path)
 
     @pytest.mark.parametrize("case", ["beyond the end", "overlap", "not aligned", "no dataset"])
     def test_consistent_lies(self, path, case):

@@ -20,7 +20,7 @@ def test_bytes(nbytes, text):
 
 
 def test_the_progress_line():
-    assert caching_line("layer4", 12300, 50000, 168_000) == "caching layer4: 12.3k/50k rows, 2.1/8.4 GB"
+    assert caching_line("layer4", 12300, 50000, 8_400_000_000) == "caching layer4: 12.3k/50k rows, 2.1/8.4 GB"
 
 
 def epoch(**changes):

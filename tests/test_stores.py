@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -16,7 +19,18 @@ from cachefreeze.stores import memory
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore
-from cachefreeze.testing.stores import StoreTests, assert_same, one_field, rows_of, values
+from cachefreeze.stores.ragged import Lengths
+from cachefreeze.testing.stores import (
+    ROWS,
+    StoreTests,
+    assert_same,
+    lengths_of,
+    one_field,
+    one_ragged,
+    rows_of,
+    values,
+    with_rubbish,
+)
 
 SPEC = StoreSpec(
     rows=9,
@@ -24,6 +38,7 @@ SPEC = StoreSpec(
         FieldSpec(name="activation.0", shape=(3, 2), dtype=torch.bfloat16),
         FieldSpec(name="field.1", shape=(), dtype=torch.int64),
         FieldSpec(name="field.mask", shape=(5,), dtype=torch.bool),
+        FieldSpec.ragged(name="ragged.0", lengths=[3, 0, 1, 1, 4, 0, 0, 2, 1], rest=(2,), dtype=torch.float16),
     ),
 )
 
@@ -62,7 +77,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.model: dict[int, dict[str, torch.Tensor]] = {}
+        self.model: dict[int, int] = {}  # row: seed of its values
         self.store = self.make()
 
     def make(self) -> Store:
@@ -71,16 +86,20 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(rows=st.lists(st.integers(0, SPEC.rows - 1), unique=True), seed=st.integers(0, 5))
     def write(self, rows, seed):
         index = torch.tensor(rows, dtype=torch.int64)
-        batch = values(SPEC, index, seed)
-        self.store.write(index, batch)
-        self.model |= {row: {name: tensor[at] for name, tensor in batch.items()} for at, row in enumerate(rows)}
+        self.store.write(index, with_rubbish(SPEC, index, values(SPEC, index, seed), more=seed))
+        self.model |= dict.fromkeys(rows, seed)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def read(self, data):
         rows = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1))
         got = self.store.read(torch.tensor(rows))
-        assert_same(got, {f.name: torch.stack([self.model[row][f.name] for row in rows]) for f in SPEC.fields})
+        by_seed = {seed: values(SPEC, torch.tensor(rows), seed) for seed in set(self.model.values())}
+        expected = {name: tensor.clone() for name, tensor in next(iter(by_seed.values())).items()}
+        for at, row in enumerate(rows):
+            for name, tensor in by_seed[self.model[row]].items():
+                expected[name][at] = tensor[at]
+        assert_same(got, expected)
         for tensor in got.values():
             tensor.zero_()
 
@@ -123,7 +142,7 @@ class HDF5Machine(StoreMachine):
     def make(self):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "rows.h5"
-        self.forgotten: dict[int, dict[str, torch.Tensor]] = {}
+        self.forgotten: dict[int, int] = {}
         return HDF5Store.create(self.path, SPEC, fingerprint={"a": "b"})
 
     @rule(row=st.integers(0, SPEC.rows - 1))
@@ -209,3 +228,63 @@ class TestCUDA:
             torch.cuda.set_sync_debug_mode("default")
         assert_same(got, batch)
         assert all(tensor.device == store.device for tensor in got.values())
+
+
+class TestLengths:
+    """How long the rows of a ragged field are."""
+
+    def test_where_items_lie(self):
+        """Rows follow each other without gaps; padding points behind the last item."""
+        lengths = Lengths([2, 0, 3])
+        assert (len(lengths), lengths.total, lengths.longest) == (3, 5, 3)
+        assert lengths.values.tolist() == [2, 0, 3]
+        rows = rows_of(2, 0, 1)
+        assert lengths.of(rows).tolist() == [3, 2, 0]
+        assert lengths.starts(rows).tolist() == [2, 0, 2]
+        assert lengths.positions(rows, 3).tolist() == [[2, 3, 4], [0, 1, 5], [5, 5, 5]]
+        assert lengths.mask(rows, 2).tolist() == [[True, True], [True, True], [False, False]]
+        assert [lengths.width(rows_of(*some)) for some in ((), (1,), (0, 1), (2, 2))] == [0, 0, 2, 3]
+
+    def test_compared_by_value(self):
+        """Equal lengths are equal, whatever they were made from; a spec with them can be a key."""
+        some = [Lengths([1, 2]), Lengths(torch.tensor([1, 2], dtype=torch.int32)), Lengths(np.array([1, 2], "<u4"))]
+        assert len(set(some)) == 1
+        assert some[0] == some[1] == some[2] == pickle.loads(pickle.dumps(some[0]))
+        for other in ([2, 1], [1, 2, 0], [1], []):
+            assert Lengths(other) != some[0]
+        assert some[0] != [1, 2]
+        assert one_ragged() == one_ragged()
+        assert hash(one_ragged()) == hash(one_ragged())
+        assert one_ragged() != replace(one_ragged(), rows=ROWS + 1)
+
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            ([1, -1], "got -1 for row 1"),
+            ([1.0, 2.0], "float64"),
+            ([True, False], "bool"),
+            ([[1, 2]], "shape"),
+            (3, "shape"),
+            ([2**70], "object"),
+            ([2**62, 2**62], "more than"),
+            (np.array([2**63], np.uint64), "0 or more"),
+        ],
+    )
+    def test_refused(self, bad, message):
+        """Lengths that are no counts, or too many to add up, are named."""
+        with pytest.raises(StoreError, match=message):
+            Lengths(bad)
+
+    def test_shown(self):
+        """Errors and info name a ragged field by its longest row."""
+        assert str(one_ragged().fields[0]) == "activation.0 (0..7, 3) float32"
+        assert str(one_field().fields[0]) == "activation.0 (2, 3) float32"
+        assert repr(Lengths([1, 2000])) == "Lengths(2 rows, longest 2,000, 2,001 items)"
+
+
+@pytest.mark.parametrize("make", [HostStore, lambda spec: DeviceStore(spec, "cpu")], ids=["host", "device"])
+def test_ragged_rows_take_their_own_length(make):
+    """In memory ragged rows take one item more than the sum of their lengths."""
+    store = make(one_ragged((1000,)))
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in store._data.values())
+    assert kept == store.nbytes + 4000 == (sum(lengths_of()) + 1) * 4000

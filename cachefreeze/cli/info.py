@@ -30,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         facts = header.attributes
         age = datetime.now(timezone.utc) - header.created
-        tensors = ", ".join(
-            f"{field.name} {tuple(field.shape)} {str(field.dtype).removeprefix('torch.')}" for field in header.fields
-        )
+        tensors = ", ".join(str(field) for field in header.fields)
         print(
             f"{path.name}: {printable(facts.get('model', '?'))} at {printable(facts.get('boundary', '?'))}, "
             f"{header.count}/{header.rows} rows, {short_bytes(header.nbytes)}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cachefreeze.stores.base import BadRow, FieldSpec, Store, StoreSpec
 from cachefreeze.stores.hdf5 import HDF5Store, Header, read_header
 from cachefreeze.stores.memory import DeviceStore, HostStore
+from cachefreeze.stores.ragged import Lengths
 from cachefreeze.stores.removal import remove_cache
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "HDF5Store",
     "Header",
     "HostStore",
+    "Lengths",
     "Store",
     "StoreSpec",
     "read_header",

@@ -5,13 +5,15 @@ fingerprints. Public methods own the guards; each store implements the ``_hooks`
 
 Shapes:
     rows: (n,) int64 sample indices, on the CPU.
-    batch[field]: (n, *FieldSpec.shape) of FieldSpec.dtype.
+    batch[field]: (n, *FieldSpec.shape) of FieldSpec.dtype. Of a ragged field: (n, width, *FieldSpec.shape[1:]), each
+        row from its first item on. What follows its last item is ignored by a write and zero after a read, whose width
+        is the longest of the rows asked for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, final
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cachefreeze.errors import CorruptRowError, StoreError
+from cachefreeze.stores.ragged import Lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +31,48 @@ class FieldSpec:
 
     Attributes:
         name: Unique within the store, e.g. ``activation.0`` or ``field.1``.
-        shape: Of one row, without the batch dimension.
+        shape: Of one row, without the batch dimension; of the longest row where they differ.
         dtype: As stored.
+        lengths: Where the first dimension differs from row to row (the field is *ragged*): its size in each row.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    lengths: Lengths | None = None
+
+    @classmethod
+    def ragged(
+        cls, *, name: str, lengths: Sequence[int] | Tensor | Lengths, rest: tuple[int, ...], dtype: torch.dtype
+    ) -> FieldSpec:
+        """A field whose row *i* has shape ``(lengths[i], *rest)``; a length may be 0.
+
+        Raises:
+            StoreError: ``lengths`` are no integers ≥ 0.
+        """
+        known = lengths if isinstance(lengths, Lengths) else Lengths(lengths)
+        return cls(name=name, shape=(known.longest, *rest), dtype=dtype, lengths=known)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of this field."""
-        return prod(self.shape) * self.dtype.itemsize
+    def item_bytes(self) -> int:
+        """Bytes of what a row is one or many of: the row itself, or one step along the dimension that differs."""
+        return prod(self.shape if self.lengths is None else self.shape[1:]) * self.dtype.itemsize
+
+    def items(self, rows: int) -> int:
+        """How many items ``rows`` rows, which are all rows of the store, have together."""
+        return rows if self.lengths is None else self.lengths.total
+
+    def batch_shape(self, rows: Tensor) -> tuple[int, ...]:
+        """Shape of a batch of ``rows``, as wide as the longest of them."""
+        return (
+            (len(rows), *self.shape) if self.lengths is None else (len(rows), self.lengths.width(rows), *self.shape[1:])
+        )
+
+    def __str__(self) -> str:
+        sizes = [str(size) for size in self.shape]
+        if self.lengths is not None:
+            sizes[0] = f"0..{sizes[0]}"
+        return f"{self.name} ({', '.join(sizes)}) {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +83,16 @@ class StoreSpec:
     fields: tuple[FieldSpec, ...]
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row over all fields."""
-        return sum(field.row_bytes for field in self.fields)
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.rows * self.row_bytes
+        """Bytes of all rows at their own lengths."""
+        return sum(field.items(self.rows) * field.item_bytes for field in self.fields)
 
 
 def check_spec(spec: StoreSpec) -> None:
     """Refuse a spec that no store can hold, so that every tier refuses the same.
 
     Raises:
-        StoreError: No rows, no fields, a name twice, or a row of no bytes.
+        StoreError: No rows, no fields, a name twice, a row of no bytes, or lengths that do not fit shape and rows.
     """
     if spec.rows < 1:
         raise StoreError(f"rows={spec.rows}: a store holds at least one row; is the dataset empty?")
@@ -74,6 +102,12 @@ def check_spec(spec: StoreSpec) -> None:
     if len(set(names)) != len(names):
         raise StoreError(f"fields named {names}: every field needs a name of its own")
     for field in spec.fields:
+        lengths = field.lengths
+        if lengths is not None and (len(lengths) != spec.rows or field.shape[:1] != (lengths.longest,)):
+            raise StoreError(
+                f"field {field.name!r} has shape {field.shape} and {lengths!r}, expected a length for each of "
+                f"{spec.rows:,} rows, and the longest as shape[0]: build it with FieldSpec.ragged"
+            )
         if any(size < 1 for size in field.shape):
             raise StoreError(f"field {field.name!r} has shape {field.shape}: a row of no bytes cannot be stored")
 
@@ -142,12 +176,7 @@ class Store(ABC):
         if set(batch) != expected:
             raise StoreError(f"write() got fields {sorted(batch)}, expected {sorted(expected)}: a row is written whole")
         for field in self.spec.fields:
-            got = batch[field.name]
-            if got.shape != (len(rows), *field.shape) or got.dtype != field.dtype:
-                raise StoreError(
-                    f"field {field.name!r} got {tuple(got.shape)} {got.dtype}, expected "
-                    f"{(len(rows), *field.shape)} {field.dtype}: rows of a store have one shape and dtype"
-                )
+            _check_fits(batch[field.name], field, rows)
         if len(set(rows.tolist())) != len(rows):
             raise StoreError("write() got the same row twice in one batch; a row belongs to one sample")
         if len(rows):
@@ -209,3 +238,20 @@ class Store(ABC):
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.spec.rows:
             raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {int(rows.min())}..{int(rows.max())}")
         return rows
+
+
+def _check_fits(got: Tensor, field: FieldSpec, rows: Tensor) -> None:
+    wanted = field.batch_shape(rows)
+    if field.lengths is None:
+        fits, why = got.shape == wanted, "rows of a store have one shape and dtype"
+    else:
+        fits = (
+            got.dim() == len(wanted)
+            and got.shape[1] >= wanted[1]
+            and (len(got), *got.shape[2:]) == (len(rows), *wanted[2:])
+        )
+        why = "a ragged field comes padded on the right, at least as wide as the longest of the rows"
+    if not fits or got.dtype != field.dtype:
+        raise StoreError(
+            f"field {field.name!r} got {tuple(got.shape)} {got.dtype}, expected {wanted} {field.dtype}: {why}"
+        )

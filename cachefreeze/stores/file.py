@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefreeze.errors import CorruptStoreError, StoreError
+from cachefreeze.errors import StoreError
 from cachefreeze.stores.base import FieldSpec
-from cachefreeze.stores.header import HEADER_BYTES, RECORD_BYTES, Layout, decode, metadata_sha256
+from cachefreeze.stores.header import decode
+from cachefreeze.stores.layout import HEADER_BYTES, RECORD_BYTES, Layout
 from cachefreeze.stores.rows import RECORD, complete
 from cachefreeze.stores.system import pread_all, store_error, system
 
@@ -110,7 +111,7 @@ def open_regular(path: Path, flags: int) -> tuple[int, bool]:
 
 
 def read_layout(fd: int, path: Path) -> tuple[Layout, int]:
-    """Check header and HDF5 metadata.
+    """Check the header and all that it vouches for: HDF5 metadata, lengths, padding.
 
     Returns:
         The layout, and the header's CRC-32, which tells one file from another at the same path.
@@ -119,9 +120,7 @@ def read_layout(fd: int, path: Path) -> tuple[Layout, int]:
         CorruptStoreError: Naming the damaged part.
     """
     block = pread_all(fd, HEADER_BYTES, 0)
-    layout = decode(block, os.fstat(fd).st_size, path)
-    if metadata_sha256(layout.gaps, lambda offset, size: pread_all(fd, size, offset)) != layout.metadata_sha256:
-        raise CorruptStoreError(f"{path}: the HDF5 metadata is damaged. Remove the file to have it made again")
+    layout = decode(block, os.fstat(fd).st_size, lambda offset, size: pread_all(fd, size, offset), path)
     return layout, zlib.crc32(block[:-4])  # without its own CRC, or the result is a constant
 
 

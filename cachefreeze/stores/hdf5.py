@@ -5,7 +5,6 @@ libhdf5 decides where things lie and what its metadata says; the bytes are writt
 that are handed out. So no kill, torn write or flipped bit yields a wrong row. The format is in docs/store-format.md.
 
 Shapes:
-    raw: per field (n, row_bytes) uint8, rows as bytes.
     records: (n,) of the 16-byte commit record.
 """
 
@@ -15,7 +14,6 @@ import errno
 import mmap
 import os
 import sys
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,23 +27,14 @@ from torch import Tensor
 
 from cachefreeze.errors import CorruptRowError, StoreError, UsageError
 from cachefreeze.stores.base import BadRow, Store, StoreSpec
+from cachefreeze.stores.columns import Column, Packed
 from cachefreeze.stores.creation import check_target, create_file, lock_path
 from cachefreeze.stores.file import CHUNK_ROWS, Header, open_regular, read_header, read_layout
-from cachefreeze.stores.header import (
-    ALIGNMENT_BYTES,
-    COMMIT,
-    DTYPE_NAMES,
-    HEADER_BYTES,
-    RECORD_BYTES,
-    Layout,
-    check_storable,
-    encode,
-    gaps,
-    metadata_sha256,
-)
+from cachefreeze.stores.header import encode
+from cachefreeze.stores.laying import lay_out
+from cachefreeze.stores.layout import COMMIT, HEADER_BYTES, RECORD_BYTES, Layout, check_storable
 from cachefreeze.stores.locks import FileLock, drop_in_children
-from cachefreeze.stores.rows import COMPLETE, RECORD, bytes_of, complete, row_digest, stretches
-from cachefreeze.stores.sparse import SparseFile
+from cachefreeze.stores.rows import COMPLETE, RECORD, complete, row_digest, stretches
 from cachefreeze.stores.system import pwrite_all, store_error, system
 
 __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
@@ -53,10 +42,6 @@ __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
 Verify = Literal["first", "always", "never"]
 
 SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a power cut costs, and the stall at commit()
-
-# Superblock 3 and version 2 object headers, the checksummed ones, without what only the newest libhdf5 can read
-# ("latest" of HDF5 2.0 writes version 5 datatype messages, which 1.10 to 1.14 do not know).
-_LIBVER = ("v110", "v110")
 
 
 @final
@@ -77,11 +62,9 @@ class HDF5Store(Store):
         self._check_mode = verify
         self._handles = _Handles(fd, lock, mmap.mmap(fd, layout.file_bytes, access=mmap.ACCESS_READ))
         self._records = np.frombuffer(self._handles.mapping, RECORD, layout.spec.rows, layout.commit_offset)
-        self._data = [
-            np.frombuffer(
-                self._handles.mapping, np.uint8, layout.spec.rows * field.row_bytes, layout.offsets[field.name]
-            ).reshape(layout.spec.rows, field.row_bytes)
-            for field in layout.spec.fields
+        file = np.frombuffer(self._handles.mapping, np.uint8)
+        self._columns = [
+            Column(field, file, layout.offsets[field.name], layout.spec.rows) for field in layout.spec.fields
         ]
         present = self._present.numpy()
         for start in range(0, layout.spec.rows, CHUNK_ROWS):
@@ -119,7 +102,7 @@ class HDF5Store(Store):
         check_storable(spec, fingerprint, attributes)
         least_bytes = HEADER_BYTES + spec.rows * RECORD_BYTES + spec.nbytes
         check_target(path, least_bytes)
-        layout, metadata = _lay_out(spec, fingerprint, attributes)
+        layout, metadata = lay_out(spec, fingerprint, attributes)
         lock = create_file(path, layout.file_bytes, [*metadata, (0, encode(layout))])
         try:
             return cls._attach(path, lock, "first")
@@ -204,8 +187,11 @@ class HDF5Store(Store):
             present = self._present.numpy()[start : start + CHUNK_ROWS]
             broken = ~said & (present | (records != np.zeros((), RECORD)))
             bad.extend(BadRow(row, None, lost) for row in (np.flatnonzero(broken) + start).tolist())
-            for row in (np.flatnonzero(said & present) + start).tolist():
-                if row_digest([data[row] for data in self._data]) != int(self._records[row]["xxh3_64"]):
+            judged = torch.from_numpy(np.flatnonzero(said & present) + start)
+            places = [zip(*(of.tolist() for of in column.spans(judged)), strict=True) for column in self._columns]
+            for row, *spans in zip(judged.tolist(), *places, strict=True):
+                parts = [column.row(*span) for column, span in zip(self._columns, spans, strict=True)]
+                if row_digest(parts) != int(self._records[row]["xxh3_64"]):
                     self._verified[row] = False
                     bad.append(BadRow(row, None if names[1:] else names[0], whole))
         return sorted(bad, key=lambda one: one.row)
@@ -214,7 +200,7 @@ class HDF5Store(Store):
         """Unmap and close the file and give up its lock."""
         super().close()
         self.writable = False
-        self._records, self._data = self._records[:0].copy(), []
+        self._records, self._columns = self._records[:0].copy(), []
         self._handles.close()
 
     def after_fork_in_child(self) -> None:
@@ -245,36 +231,37 @@ class HDF5Store(Store):
 
     def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         index = rows.numpy()
-        raw = [bytes_of(batch[field.name], field) for field in self.spec.fields]
+        packed = [column.pack(rows, batch[column.field.name]) for column in self._columns]
         records = np.zeros(len(index), RECORD)
-        records["xxh3_64"] = [row_digest(row) for row in zip(*raw, strict=True)]
+        records["xxh3_64"] = [row_digest(row) for row in zip(*(part.rows() for part in packed), strict=True)]
         records["row_plus_1"] = index + 1
         records["flags"] = COMPLETE
         recorded = self._records["row_plus_1"][index] != 0
         self._present.numpy()[index] = False
         try:
-            self._write_runs(index, raw, records, recorded)
+            self._write_runs(rows, packed, records, recorded)
         except OSError as error:
             raise store_error(error, "write rows to", self._path, self._layout.file_bytes) from error
         self._verified[index] = True
-        self._unsynced_bytes += len(index) * (self.spec.row_bytes + RECORD_BYTES)
+        self._unsynced_bytes += records.nbytes + sum(part.data.nbytes for part in packed)
         if self._unsynced_bytes >= SYNC_BYTES:
             self.commit()
 
     def _write_runs(
-        self, index: NDArray[Any], raw: Sequence[NDArray[Any]], records: NDArray[Any], recorded: NDArray[Any]
+        self, rows: Tensor, packed: Sequence[Packed], records: NDArray[Any], recorded: NDArray[np.bool_]
     ) -> None:
         fd = self._handles.fd
         assert fd is not None
+        index = rows.numpy()
         runs = list(stretches(index))
         for start, stop in runs:
             # A row that is rewritten is absent until it is whole again, also to readers that never check.
             if recorded[start:stop].any():
                 pwrite_all(fd, np.zeros_like(records[start:stop]), self._record_offset(index[start]))
-        for field, data in zip(self.spec.fields, raw, strict=True):
-            offset = self._layout.offsets[field.name]
+        for column, part in zip(self._columns, packed, strict=True):
+            starts, _ = column.spans(rows)
             for start, stop in runs:
-                pwrite_all(fd, data[start:stop], offset + int(index[start]) * field.row_bytes)
+                pwrite_all(fd, part.stretch(start, stop), column.offset + int(starts[start]))
         for start, stop in runs:
             pwrite_all(fd, records[start:stop], self._record_offset(index[start]))
 
@@ -292,21 +279,15 @@ class HDF5Store(Store):
         self._unsynced_bytes = 0
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
-        index = rows.numpy()
         batch, raw = {}, []
-        for field, data in zip(self.spec.fields, self._data, strict=True):
-            fresh = torch.empty((len(index), *field.shape), dtype=field.dtype)
-            bytes_ = fresh.view(torch.uint8).view(len(index), field.row_bytes)
-            # "clip" as "raise" gathers into a second buffer first; the indices have been checked
-            np.take(data, index, axis=0, out=bytes_.numpy(), mode="clip")
-            raw.append(bytes_.numpy())
-            # A bool of any other byte than 0 and 1 is undefined behaviour in torch, and the file may hold one.
-            batch[field.name] = bytes_.ne(0).view(fresh.shape) if field.dtype == torch.bool else fresh
+        for column in self._columns:
+            batch[column.field.name], parts = column.gather(rows)
+            raw.append(parts)
         if self._check_mode != "never":
-            self._check(index, raw)
+            self._check(rows.numpy(), raw)
         return batch
 
-    def _check(self, index: NDArray[Any], raw: Sequence[NDArray[Any]]) -> None:
+    def _check(self, index: NDArray[Any], raw: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
         suspects = np.flatnonzero(~self._verified[index]) if self._check_mode == "first" else np.arange(len(index))
         expected = self._records["xxh3_64"][index[suspects]].tolist()
         good = [
@@ -344,64 +325,6 @@ class _Handles:
             self.lock.release()
         with suppress(BufferError):  # a read in another thread still gathers from it: freed when that ends
             self.mapping.close()
-
-
-def _lay_out(
-    spec: StoreSpec, fingerprint: Mapping[str, str], attributes: Mapping[str, str]
-) -> tuple[Layout, list[tuple[int, bytes]]]:
-    """Have libhdf5 lay out a file in memory.
-
-    Returns:
-        The layout, and (offset, bytes) of the HDF5 metadata.
-    """
-    import h5py  # here only: reading needs no libhdf5, and importing it costs 0.2 s
-
-    memory = SparseFile()
-    offsets = {}
-    with h5py.File(
-        memory,
-        "w",
-        libver=_LIBVER,
-        userblock_size=HEADER_BYTES,
-        alignment_threshold=1,
-        alignment_interval=ALIGNMENT_BYTES,
-    ) as file:
-        placement = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        placement.set_layout(h5py.h5d.CONTIGUOUS)
-        placement.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        placement.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        for name, shape, dtype, stands_for in [
-            (COMMIT, (), RECORD, "xxh3_64 of the row, row + 1, flags; all zero: absent"),
-            *((field.name, field.shape, _disk_dtype(field.dtype), DTYPE_NAMES[field.dtype]) for field in spec.fields),
-        ]:
-            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple((spec.rows, *shape))
-            dataset = h5py.h5d.create(file.id, name.encode(), kind, space, placement)
-            h5py.Dataset(dataset).attrs["cachefreeze"] = stands_for
-            offsets[name] = dataset.get_offset()
-    if any(offset is None or offset % ALIGNMENT_BYTES for offset in offsets.values()):
-        raise StoreError(
-            f"libhdf5 placed datasets at {offsets}, expected multiples of {ALIGNMENT_BYTES}: please report"
-        )
-    commit_offset = offsets.pop(COMMIT)
-    spans = gaps(spec, offsets, commit_offset, memory.size)
-    layout = Layout(
-        spec=spec,
-        offsets=offsets,
-        commit_offset=commit_offset,
-        file_bytes=memory.size,
-        metadata_sha256=metadata_sha256(spans, memory.at),
-        fingerprint=fingerprint,
-        attributes=attributes,
-        created=int(time.time()),
-    )
-    return layout, [(offset, memory.at(offset, size)) for offset, size in spans]
-
-
-def _disk_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """What h5py shows: HDF5 has neither bfloat16 nor a bool that every reader knows."""
-    name = {torch.bfloat16: "uint16", torch.bool: "uint8"}.get(dtype, DTYPE_NAMES[dtype])
-    disk: np.dtype[Any] = np.dtype(name).newbyteorder("<")
-    return disk
 
 
 def _reopen(path: str, verify: Verify, crc: int) -> HDF5Store:

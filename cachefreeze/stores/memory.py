@@ -1,8 +1,9 @@
 """Stores in memory: the computer's (host) or an accelerator's (device).
 
 One preallocated tensor per field; reading is one ``index_select`` per field into a fresh batch, writing is one
-``index_copy_``. Work on CUDA is queued on the caller's current stream and never waited for here: who reads on another
-stream than the one that wrote has to order the two.
+``index_copy_``. A ragged field is the flat tensor of all items and one item of zeros, with which batches are padded;
+which items a batch takes is worked out on the CPU. Work on CUDA is queued on the caller's current stream and never
+waited for here: who reads on another stream than the one that wrote has to order the two.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cachefreeze.errors import StoreSpaceError, UsageError
-from cachefreeze.stores.base import Store, StoreSpec, check_spec
+from cachefreeze.stores.base import FieldSpec, Store, StoreSpec, check_spec
+from cachefreeze.stores.ragged import Lengths
 
 _MEMINFO = Path("/proc/meminfo")
 _PAGE_BYTES = 4096  # the smallest page of any platform that torch runs on, so no page is left out below
@@ -45,7 +47,7 @@ def free_device_bytes(device: torch.device) -> int | None:
 def _space_error(spec: StoreSpec, device: torch.device, free_bytes: int | None) -> StoreSpaceError:
     free = "an unknown number" if free_bytes is None else f"{free_bytes:,}"
     return StoreSpaceError(
-        f"{spec.rows:,} rows of {spec.row_bytes:,} bytes need {spec.nbytes:,} bytes on {device}, {free} are free: "
+        f"{spec.rows:,} rows need {spec.nbytes:,} bytes on {device}, {free} are free: "
         "use store='hdf5:DIR', a smaller dtype or a later boundary"
     )
 
@@ -65,10 +67,7 @@ class _TensorStore(Store):
         super().__init__(spec, device)
         self._pin = pin
         try:
-            self._data = {
-                field.name: torch.empty((spec.rows, *field.shape), dtype=field.dtype, device=device)
-                for field in spec.fields
-            }
+            self._data = {field.name: _allocate(field, spec.rows, device) for field in spec.fields}
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
             raise _space_error(spec, device, free_bytes) from error
         # "cuda" becomes "cuda:0": what is asked for must compare equal to what read() returns
@@ -87,30 +86,52 @@ class _TensorStore(Store):
             tensor.view(-1).view(torch.uint8)[::_PAGE_BYTES] = 0
 
     def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
-        index = self._sent(rows)
         for field in self.spec.fields:
-            self._data[field.name].index_copy_(0, index, self._sent(batch[field.name].detach()))
+            values, index = batch[field.name].detach(), rows
+            if field.lengths is not None:
+                kept = field.lengths.mask(rows, values.shape[1]).flatten().nonzero().flatten()
+                index = field.lengths.positions(rows, values.shape[1]).flatten()[kept]
+                values = values.flatten(0, 1).index_select(0, _sent(kept, values.device))
+            self._data[field.name].index_copy_(0, _sent(index, self.device), _sent(values, self.device))
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
-        index = self._sent(rows)
-        if not self._pin:
-            return {name: tensor.index_select(0, index) for name, tensor in self._data.items()}
+        indices: dict[Lengths | None, Tensor] = {}  # fields that share their lengths share their index
         batch = {}
         for field in self.spec.fields:
-            fresh = torch.empty((len(rows), *field.shape), dtype=field.dtype, pin_memory=True)
-            batch[field.name] = torch.index_select(self._data[field.name], 0, index, out=fresh)
+            shape = field.batch_shape(rows)
+            if field.lengths not in indices:
+                index = rows if field.lengths is None else field.lengths.positions(rows, shape[1]).flatten()
+                indices[field.lengths] = _sent(index, self.device)
+            batch[field.name] = self._gather(field.name, indices[field.lengths]).view(shape)
         return batch
 
-    def _sent(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on this store's device, without waiting for the device to have it."""
-        if tensor.device == self.device:
-            return tensor
-        if tensor.device.type != "cpu" or self.device.type != "cuda":
-            return tensor.to(self.device)
-        # Through a pinned buffer of our own: a pageable source would make the copy wait, and a pinned source may be
-        # written into by its owner before the copy has run. torch keeps the buffer until it has.
-        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-        return staged.to(self.device, non_blocking=True)
+    def _gather(self, name: str, index: Tensor) -> Tensor:
+        data = self._data[name]
+        if not self._pin:
+            return data.index_select(0, index)
+        fresh = torch.empty((len(index), *data.shape[1:]), dtype=data.dtype, pin_memory=True)
+        return torch.index_select(data, 0, index, out=fresh)
+
+
+def _allocate(field: FieldSpec, rows: int, device: torch.device) -> Tensor:
+    """(rows, *shape); of a ragged field (items + 1, *shape[1:]), the last item zero."""
+    if field.lengths is None:
+        return torch.empty((rows, *field.shape), dtype=field.dtype, device=device)
+    flat = torch.empty((field.lengths.total + 1, *field.shape[1:]), dtype=field.dtype, device=device)
+    flat[-1].zero_()
+    return flat
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for the device to have it."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device)
+    # Through a pinned buffer of our own: a pageable source would make the copy wait, and a pinned source may be
+    # written into by its owner before the copy has run. torch keeps the buffer until it has.
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return staged.to(device, non_blocking=True)
 
 
 @final

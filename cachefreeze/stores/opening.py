@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -115,7 +114,7 @@ def _fastest(wanted: Wanted, folder: str) -> tuple[str, str]:
     if folder:
         return "hdf5", folder
     raise StoreSpaceError(
-        f"{wanted.spec.rows:,} rows of {wanted.spec.row_bytes:,} bytes need {needed_bytes:,} bytes; store='auto' takes "
+        f"{wanted.spec.rows:,} rows need {needed_bytes:,} bytes; store='auto' takes "
         f"half of the {free_bytes:,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
     )
 
@@ -183,5 +182,4 @@ def _plain(text: str) -> str:
 
 
 def _shape(spec: StoreSpec) -> str:
-    fields: list[Any] = [f"{tuple(f.shape)} {str(f.dtype).removeprefix('torch.')}" for f in spec.fields]
-    return f"{spec.rows:,} rows of {', '.join(fields)}"
+    return f"{spec.rows:,} rows ({spec.nbytes:,} bytes) of {', '.join(str(field) for field in spec.fields)}"

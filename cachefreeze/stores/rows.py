@@ -7,12 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor
-
-from cachefreeze.stores.base import FieldSpec
 
 RECORD = np.dtype([("xxh3_64", "<u8"), ("row_plus_1", "<u4"), ("flags", "<u4")])
 COMPLETE = 1  # the only flags of format version 1: all fields of the row are in place
@@ -25,12 +21,6 @@ def complete(records: NDArray[Any], first_row: int) -> NDArray[np.bool_]:
     """
     own = np.arange(first_row + 1, first_row + 1 + len(records), dtype=np.uint32)
     return np.asarray((records["row_plus_1"] == own) & (records["flags"] == COMPLETE))
-
-
-def bytes_of(tensor: Tensor, field: FieldSpec) -> NDArray[Any]:
-    """(n, *shape) on any device -> (n, row_bytes) uint8 on the CPU."""
-    there = tensor.detach().cpu().resolve_neg().contiguous()
-    return there.view(-1).view(torch.uint8).view(len(tensor), field.row_bytes).numpy()
 
 
 def row_digest(parts: Sequence[NDArray[np.uint8]]) -> int:

@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cachefreeze.errors import StoreError
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
+from cachefreeze.stores.ragged import Lengths
 
 Make = Callable[[StoreSpec], Store]
 
@@ -43,19 +45,65 @@ def every_dtype(rows: int = ROWS) -> StoreSpec:
     )
 
 
+def lengths_of(rows: int = ROWS) -> list[int]:
+    """Lengths with neighbours that are equal, longest, and empty; the first and the last row are not the longest."""
+    return [(2, 5, 0, 1, 1, 7, 0)[row % 7] for row in range(rows)]
+
+
+def one_ragged(rest: tuple[int, ...] = (3,), dtype: torch.dtype = torch.float32, rows: int = ROWS) -> StoreSpec:
+    """A spec with a single ragged field ``activation.0``, some of whose rows are empty."""
+    return StoreSpec(
+        rows=rows,
+        fields=(FieldSpec.ragged(name="activation.0", lengths=lengths_of(rows), rest=rest, dtype=dtype),),
+    )
+
+
+def every_kind(rows: int = ROWS) -> StoreSpec:
+    """The fields of :func:`every_dtype`, and ragged ones: two that share their lengths, one that does not."""
+    lengths = lengths_of(rows)
+    ragged = (
+        FieldSpec.ragged(name="ragged.0", lengths=lengths, rest=(3,), dtype=torch.bfloat16),
+        FieldSpec.ragged(name="ragged.1", lengths=lengths, rest=(), dtype=torch.bool),
+        FieldSpec.ragged(name="ragged.2", lengths=range(1, rows + 1), rest=(2, 1), dtype=torch.float64),
+    )
+    return StoreSpec(rows=rows, fields=(*every_dtype(rows).fields, *ragged))
+
+
 def values(spec: StoreSpec, rows: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """What tests write into ``rows``: depends on row, field and seed, so that no mix-up goes unseen."""
+    """What tests write into ``rows``: depends on row, field and seed, so that no mix-up goes unseen.
+
+    Ragged rows are padded with zeros to the longest of ``rows``: this is also what a read returns.
+    """
     batch = {}
     for at, field in enumerate(spec.fields):
         whole = torch.empty((spec.rows, *field.shape), dtype=torch.float64)
         whole.uniform_(-100, 100, generator=torch.Generator().manual_seed(1000 * seed + at))
+        whole = whole[rows]
+        if field.lengths is not None:
+            width = field.lengths.width(rows)
+            whole = whole[:, :width]
+            whole[~field.lengths.mask(rows, width)] = 0
         if field.dtype == torch.bool:
-            batch[field.name] = (whole > 0)[rows]
+            batch[field.name] = whole > 0
         elif field.dtype == torch.uint8:
-            batch[field.name] = whole.abs().to(torch.uint8)[rows]
+            batch[field.name] = whole.abs().to(torch.uint8)
         else:
-            batch[field.name] = whole.to(field.dtype)[rows]
+            batch[field.name] = whole.to(field.dtype)
     return batch
+
+
+def with_rubbish(spec: StoreSpec, rows: Tensor, batch: Mapping[str, Tensor], more: int = 2) -> dict[str, Tensor]:
+    """``batch`` with ragged fields ``more`` items wider, and ones where they hold padding."""
+    result = {}
+    for field in spec.fields:
+        result[field.name] = batch[field.name]
+        if field.lengths is not None:
+            narrow = batch[field.name]
+            wide = torch.ones((len(rows), narrow.shape[1] + more, *narrow.shape[2:]), dtype=field.dtype)
+            inside = field.lengths.mask(rows, wide.shape[1])
+            wide[inside] = narrow[field.lengths.mask(rows, narrow.shape[1])]
+            result[field.name] = wide
+    return result
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -115,10 +163,47 @@ class StoreTests:
 
     def test_many_fields(self, make: Make) -> None:
         """Fields of different dtypes do not touch each other."""
-        spec = every_dtype()
+        spec = every_kind()
         store = self.filled(make, spec)
         assert_same(store.read(torch.arange(ROWS)), values(spec, torch.arange(ROWS)))
         assert store.nbytes == spec.nbytes
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("rest", [(), (1,), (3,), (2, 3)], ids=str)
+    def test_ragged_dtypes_and_shapes(self, make: Make, dtype: torch.dtype, rest: tuple[int, ...]) -> None:
+        """Rows of different lengths come back bit for bit, padded with zeros to the longest that was asked for."""
+        spec = one_ragged(rest, dtype)
+        store = self.filled(make, spec)
+        for rows in (rows_of(5, 0, 11), rows_of(3, 4, 3), rows_of(6, 0), rows_of(2), rows_of(2, 6, 9)):
+            assert_same(store.read(rows), values(spec, rows))
+        assert store.read(rows_of(3))["activation.0"].shape == (1, 1, *rest)
+        assert store.read(rows_of(2, 9))["activation.0"].shape == (2, 0, *rest)
+        assert store.nbytes == sum(lengths_of()) * math.prod(rest) * dtype.itemsize
+
+    def test_ragged_padding_is_ignored(self, make: Make) -> None:
+        """What lies beyond a row's length in a write reaches no row; what a read pads with is zero."""
+        spec = every_kind()
+        store = make(spec)
+        for rows in (rows_of(5, 1, 9, 2, 3), rows_of(4, 0, 6), rows_of(7, 8, 10, 11)):
+            store.write(rows, with_rubbish(spec, rows, values(spec, rows)))
+            got = store.read(rows)
+            assert_same(got, values(spec, rows))
+            for tensor in got.values():  # the caller may write into padding too
+                tensor.fill_(1)
+        everything = torch.arange(ROWS)
+        assert_same(store.read(everything), values(spec, everything))
+        assert store.verify() == []
+
+    def test_ragged_neighbours(self, make: Make) -> None:
+        """Rewriting a ragged row of any length touches no other row, one item away as it lies."""
+        spec = one_ragged()
+        store = self.filled(make, spec)
+        everything = torch.arange(ROWS)
+        for row in range(ROWS):
+            store.write(rows_of(row), values(spec, rows_of(row), seed=1))
+            expected = values(spec, everything)["activation.0"]
+            expected[: row + 1] = values(spec, everything, seed=1)["activation.0"][: row + 1]
+            assert_same(store.read(everything), {"activation.0": expected})
 
     def test_special_values(self, make: Make) -> None:
         """NaN, infinities and negative zero are bits like any other."""
@@ -136,7 +221,7 @@ class StoreTests:
 
     def test_write_order(self, make: Make) -> None:
         """Rows may be written in any order, runs and jumps mixed."""
-        spec = every_dtype()
+        spec = every_kind()
         store = make(spec)
         rows = rows_of(9, 10, 11, 0, 5, 4, 1, 2, 3)
         store.write(rows, values(spec, rows))
@@ -185,7 +270,7 @@ class StoreTests:
 
     def test_empty_index(self, make: Make) -> None:
         """No rows are a batch of no rows, not an error."""
-        spec = every_dtype()
+        spec = every_kind()
         store = make(spec)
         none = rows_of()
         store.write(none, values(spec, none))
@@ -218,7 +303,7 @@ class StoreTests:
 
     def test_overwrite(self, make: Make) -> None:
         """Writing a present row replaces it and no other."""
-        spec = every_dtype()
+        spec = every_kind()
         store = self.filled(make, spec)
         store.write(rows_of(6), values(spec, rows_of(6), seed=2))
         assert_same(store.read(rows_of(6)), values(spec, rows_of(6), seed=2))
@@ -248,6 +333,26 @@ class StoreTests:
         store = make(one_field())
         with pytest.raises(StoreError, match=message):
             store.write(rows_of(0, 1), batch)
+        assert store.count == 0
+
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            torch.zeros(2, 4, 3),
+            torch.zeros(2, 5),
+            torch.zeros(2, 5, 4),
+            torch.zeros(3, 5, 3),
+            torch.zeros(2, 5, 3, 1),
+            torch.zeros(2, 5, 3, dtype=torch.float64),
+            torch.zeros(6),
+        ],
+        ids=lambda batch: f"{tuple(batch.shape)} {batch.dtype}",
+    )
+    def test_ragged_batch_must_fit(self, make: Make, batch: Tensor) -> None:
+        """A ragged batch narrower than its longest row, or of another item, is refused and changes nothing."""
+        store = make(one_ragged())
+        with pytest.raises(StoreError, match=r"expected \(2, 5, 3\) torch.float32: a ragged field"):
+            store.write(rows_of(0, 1), {"activation.0": batch})
         assert store.count == 0
 
     @pytest.mark.parametrize(
@@ -289,17 +394,25 @@ class StoreTests:
             one_field(shape=(3, 0)),
             StoreSpec(rows=3, fields=()),
             StoreSpec(rows=3, fields=one_field().fields * 2),
+            StoreSpec(rows=3, fields=(FieldSpec.ragged(name="a", lengths=[0, 0, 0], rest=(2,), dtype=torch.int8),)),
+            StoreSpec(rows=3, fields=(FieldSpec.ragged(name="a", lengths=[1, 2], rest=(2,), dtype=torch.int8),)),
+            StoreSpec(rows=3, fields=(FieldSpec(name="a", shape=(3,), dtype=torch.int8, lengths=Lengths([1, 2, 1])),)),
+            StoreSpec(rows=3, fields=(FieldSpec(name="a", shape=(), dtype=torch.int8, lengths=Lengths([1, 2, 1])),)),
         ],
-        ids=["no rows", "no bytes", "no fields", "a name twice"],
-    )
+        ids=[
+            "no rows", "no bytes", "no fields", "a name twice",
+            "all empty", "too few lengths", "another longest", "no dimension",
+        ],
+    )  # fmt: skip
     def test_spec_must_make_sense(self, make: Make, spec: StoreSpec) -> None:
-        """A spec that holds nothing, or one name twice, is refused by name."""
-        with pytest.raises(StoreError, match=r"rows=0|no bytes|at least one field|name of its own"):
+        """A spec that holds nothing, one name twice, or lengths that contradict it, is refused by name."""
+        message = r"rows=0|no bytes|at least one field|name of its own|a length for each of 3 rows"
+        with pytest.raises(StoreError, match=message):
             make(spec)
 
     def test_commit_and_verify(self, make: Make) -> None:
         """An undamaged store has no bad rows, before and after a commit."""
-        store = self.filled(make, every_dtype())
+        store = self.filled(make, every_kind())
         assert store.verify() == []
         store.commit()
         assert store.verify() == []
@@ -336,7 +449,7 @@ class StoreTests:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     def test_batch_from_another_device(self, make: Make) -> None:
         """A batch may lie on another device than the store."""
-        spec = every_dtype()
+        spec = every_kind()
         store = make(spec)
         rows = torch.arange(ROWS)
         store.write(rows, {name: tensor.cuda() for name, tensor in values(spec, rows).items()})
