@@ -18,7 +18,7 @@ from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, c
 from cachefreeze.manager import CacheManager
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View
-from cachefreeze.splitting import Parts, split
+from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
 from cachefreeze.tracing import record_usage, trace_usage
@@ -116,6 +116,7 @@ class Engine:
             inputs=inputs,
             view=view,
             assume_deterministic=assume_deterministic,
+            padded=frozenset() if self.parts is None else self.parts.padded,
         )
         if self.cache is None:
             example = seen.example().to(model_device(self.model))
@@ -123,7 +124,10 @@ class Engine:
             if self.boundary is None:
                 return PassingLoader(dataloader, model_device(self.model), "live")
             with autocast(model_device(self.model), self._autocast):
-                self.parts = split(self.model, example)
+                if seen.ragged is None:
+                    self.parts = split(self.model, example)
+                else:
+                    self.parts = split_padded(self.model, seen.padded_batches(model_device(self.model)))
             self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
         return self.cache.loader_for(dataloader, seen, name, version)
 
@@ -188,8 +192,8 @@ class Engine:
         unknown = [name for name in kwargs if name not in signature.parameters]
         if unknown and not open_ended:
             raise TypeError(
-                f"{type(self.model).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}, with rows as "
-                "without; engine.model_inputs(batch) leaves out what the model does not take"
+                f"{type(self.model).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}, with rows "
+                "as without; engine.model_inputs(batch) leaves out what the model does not take"
             )
         extra = [f"argument {i}" for i, value in enumerate(args) if not isinstance(value, Rows)]
         extra += [repr(name) for name, value in kwargs.items() if not isinstance(value, Rows)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from cachefreeze.batches import BatchLayout, Inputs, leaves_of
 from cachefreeze.errors import BatchDependentError, RandomSampleError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState, preserved_random_state
+from cachefreeze.padding import Padded
+from cachefreeze.ragged import RaggedSamples, measure, varying
 from cachefreeze.tracing import Example
 
 
@@ -28,11 +30,13 @@ class View:
         dataset: The dataset whose sample *i* row *i* stands for.
         collate_fn: The user's collate function.
         layout: The fields of a batch.
+        ragged: How long each sample is, where samples have different lengths.
     """
 
     dataset: Any
     collate_fn: Callable[[list[Any]], Any]
     layout: BatchLayout
+    ragged: RaggedSamples | None = None
 
     @classmethod
     def of(
@@ -43,6 +47,7 @@ class View:
         inputs: Inputs = None,
         view: Any = None,
         assume_deterministic: bool = False,
+        padded: frozenset[tuple[int, int]] = frozenset(),
     ) -> View:
         """Take the samples of a DataLoader, or of ``view``, and refuse what no single row can stand for.
 
@@ -52,6 +57,7 @@ class View:
             inputs: What the model consumes; see :class:`cachefreeze.batches.BatchLayout`.
             view: A deterministic transform or dataset in place of the loader's own.
             assume_deterministic: Skip the probe for randomness.
+            padded: Input leaves and their dimensions that are known to be padded.
         """
         dataset = deterministic_view(dataloader.dataset, view)
         collate: Any = dataloader.collate_fn
@@ -59,21 +65,42 @@ class View:
             check_deterministic(dataset, collate)
         with preserved_random_state():
             batch = collate_samples(dataset, collate, _first(dataset))
-        made = cls(dataset, collate, BatchLayout(batch, inputs, arguments))
+        layout = BatchLayout(batch, inputs, arguments, stored=False)
+        padded |= varying(lambda index: collate_samples(dataset, collate, [index]), layout, len(dataset))
+        if padded:
+            samples = measure(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset), padded)
+            made = cls(dataset, collate, layout, samples)
+        else:
+            made = cls(dataset, collate, BatchLayout(batch, inputs, arguments))
         check_batch_dims(made)
         return made
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def fetch(self, rows: Sequence[int]) -> Any:
-        """The collated raw batch of some samples. Random states are as before afterwards."""
+    def fetch(self, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None = None) -> Any:
+        """The collated raw batch of some samples. Random states are as before afterwards.
+
+        Args:
+            rows: Indices of the samples.
+            collate: In place of the user's collate function.
+        """
         with preserved_random_state():
-            return collate_samples(self.dataset, self.collate_fn, rows)
+            return collate_samples(self.dataset, collate or self.collate_fn, rows)
 
     def example(self) -> Example:
         """The model's inputs for a few samples (at least two rows)."""
-        return self.layout.example(self.fetch(_first(self.dataset)))
+        rows = _first(self.dataset) if self.ragged is None else self.ragged.batches()[0]
+        return self.layout.example(self.fetch(rows))
+
+    def padded_batches(self, device: torch.device) -> list[tuple[Padded, list[int]]]:
+        """Batches of samples of different lengths, to split and to verify with, and the samples in them."""
+        assert self.ragged is not None
+        made = []
+        for rows in self.ragged.batches():
+            batch = self.ragged.padded(self.fetch(rows), rows)
+            made.append((replace(batch, example=batch.example.to(device)), rows))
+        return made
 
     def fields(self) -> list[tuple[str, Tensor]]:
         """Path of every stored field, and its values for a few samples."""
@@ -84,8 +111,11 @@ class View:
         """Fingerprint fields of the data: what the dataset is made of, and the content of some samples.
 
         Files on disk are known by relative path, size and time of modification: an edit that keeps all three, in a
-        sample that is not among those digested here, goes unnoticed.
+        sample that is not among those digested here, goes unnoticed. Where samples have different lengths, all of
+        them are read and digested, as items and as they are collated.
         """
+        if self.ragged is not None:
+            return self.ragged.identity
         count = len(self)
         some = sorted({round(i * (count - 1) / (_DIGESTED - 1)) for i in range(_DIGESTED)})
         batch = self.fetch(some)
@@ -110,8 +140,13 @@ def _first(dataset: Any) -> list[int]:
 
 def collate_samples(dataset: Any, collate: Callable[[list[Any]], Any], indices: Sequence[int]) -> Any:
     """What a DataLoader's fetcher does for one batch of indices."""
+    return collate(fetch_samples(dataset, indices))
+
+
+def fetch_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """The dataset's items of some indices, fetched as a DataLoader does."""
     batched = getattr(dataset, "__getitems__", None)
-    return collate(batched(list(indices)) if batched else [dataset[i] for i in indices])
+    return list(batched(list(indices))) if batched else [dataset[i] for i in indices]
 
 
 def check_batch_dims(view: View) -> None:
@@ -125,7 +160,9 @@ def check_batch_dims(view: View) -> None:
         batch = view.fetch(_first(view.dataset)[:count])
         example = layout.example(batch)
         consumed = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
-        named = [*zip(layout.field_names, layout.field_tensors(batch), strict=True)]
+        named: list[tuple[str, Tensor]] = []
+        if view.ragged is None:  # else what is not consumed is the user's own in every batch
+            named += zip(layout.field_names, layout.field_tensors(batch), strict=True)
         named += [(str(layout.consumed[0]), leaf) for leaf in consumed]
         for name, leaf in named:
             if leaf.dim() == 0 or leaf.shape[0] != count:

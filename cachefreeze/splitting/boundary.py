@@ -63,8 +63,8 @@ class Boundary:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Bytes of one sample's activations."""
-        return sum(tensor.bytes_per_sample for tensor in self.tensors)
+        """Bytes of one sample's activations, at the padded length of the example; inputs that are kept raw are none."""
+        return sum(tensor.bytes_per_sample for tensor in self.tensors if tensor.input is None)
 
 
 @dataclass(frozen=True)

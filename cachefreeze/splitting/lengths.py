@@ -29,11 +29,11 @@ def follow_lengths(site: Site, longer: Recording, shorter: Recording) -> None:
             "its batch; pad to a fixed length in the collate function, or train from an earlier block"
         )
     for key, call in longer.closed.items():
-        for a, b in zip(call.leaves, shorter.closed[key].leaves, strict=True):
-            if a[0] != b[0] or (a[0] == "constant" and a[1] != b[1]):
+        for (kind, what), (other_kind, other) in zip(call.leaves, shorter.closed[key].leaves, strict=True):
+            if kind != other_kind or (kind == "constant" and what != other):
                 raise SplitError(
-                    f"replay: {call.name!r} returns a value that depends on how far a batch is padded, which no row can "
-                    "carry; pad to a fixed length in the collate function, or train from another block"
+                    f"replay: {call.name!r} returns a value that depends on how far a batch is padded, which no row "
+                    "can carry; pad to a fixed length in the collate function, or train from another block"
                 )
     pairs = list(zip(longer.values, shorter.values, strict=True))
     inputs = {a.place[3]: (a.shape, b.shape) for a, b in pairs if a.place is not None and a.place[0] == "input"}
@@ -63,4 +63,3 @@ def sizes_at(spec: BoundaryTensor, batch: int, inputs: Sequence[tuple[int, ...]]
         if inputs is not None and leaf >= 0:
             sizes[dim] = inputs[leaf][leaf_dim]
     return tuple(sizes)
-
