@@ -67,10 +67,10 @@ class ItemCodec:
         head: list[Any] = []
         blocks: list[bytes] = []
         for leaf in leaves:
-            array = _array(leaf)
-            head.append(leaf if array is None else list(array.shape))
-            if array is not None:
-                blocks.append(bytes(tensor_bytes(array)))
+            data = _data(leaf)
+            head.append(leaf if data is None else list(leaf.shape))
+            if data is not None:
+                blocks.append(data)
         text = json.dumps(head, separators=(",", ":")).encode()
         return text + _END + b"".join(blocks) if blocks else text
 
@@ -125,10 +125,11 @@ def _kind(leaf: Any) -> _Array | str | None:
     return "a plain value" if _is_plain(leaf) else None
 
 
-def _array(leaf: Any) -> Tensor | None:
+def _data(leaf: Any) -> bytes | None:
+    """The bytes of an array; None for a plain value."""
     if isinstance(leaf, Tensor):
-        return leaf
-    return torch.from_numpy(np.asarray(leaf)) if isinstance(leaf, np.generic | np.ndarray) else None
+        return bytes(tensor_bytes(leaf))
+    return leaf.tobytes() if isinstance(leaf, np.generic | np.ndarray) else None
 
 
 def _is_plain(value: Any) -> bool:
