@@ -119,25 +119,26 @@ def _blank(rows: Tensor, lengths: Tensor, *, left: bool = False) -> Tensor:
     return torch.where(real.reshape(*real.shape, *[1] * (rows.dim() - 2)), rows, rows.new_zeros(()))
 
 
-def ladder(sizes: Tensor) -> tuple[int, int, int] | None:
-    """Three samples, each longer than the one before on every axis: the shortest, a long and a longer one.
+def ladder(sizes: Tensor, lengths: Tensor) -> tuple[int, int, int] | None:
+    """Three samples: the second is padded less than the third on every axis, the first has less content than both.
 
     Args:
-        sizes: (n, axes) of the samples to choose from.
+        sizes: (n, axes) to how much each sample is padded alone.
+        lengths: (n, axes) how much of it is content.
 
     Returns:
-        Their positions; None where there are no such three.
+        Their positions, the last two as long as possible; None where there are no such three.
     """
-    order = sorted(range(len(sizes)), key=lambda i: int(sizes[i].sum()))
-    rows = [tuple(row) for row in sizes.tolist()]
+    order = sorted(range(len(sizes)), key=lambda i: int(lengths[i].sum()))
+    padded, content_of = sizes.tolist(), lengths.tolist()
 
-    def below(a: int, b: int) -> bool:
-        return all(x < y for x, y in zip(rows[a], rows[b], strict=True))
+    def below(values: list[list[int]], a: int, b: int) -> bool:
+        return all(x < y for x, y in zip(values[a], values[b], strict=True))
 
     for longest in reversed(order):
         for middle in reversed(order):
-            if below(middle, longest):
-                shortest = next((i for i in order if below(i, middle)), None)
+            if below(padded, middle, longest):
+                shortest = next((i for i in order if below(content_of, i, middle)), None)
                 if shortest is not None:
                     return shortest, middle, longest
     return None

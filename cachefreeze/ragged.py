@@ -77,12 +77,12 @@ class RaggedSamples:
         """
         order = torch.argsort(self.sizes.sum(dim=1), stable=True)
         among = order[torch.linspace(0, len(order) - 1, min(_CANDIDATES, len(order))).round().long()]
-        found = ladder(self.sizes[among])
+        found = ladder(self.sizes[among], self.lengths[among])
         if found is None:
             raise LoaderError(
                 f"the lengths of {'; '.join(axis.name for axis in self.axes)} take too few values to tell which "
-                "activations follow which of them: three samples are needed, each longer than the one before. Pad to "
-                "a fixed length in the collate function"
+                "activations follow which of them: three samples are needed, each longer than the one before, and two "
+                "that are padded to different lengths. Pad to a fixed length in the collate function"
             )
         short, long, longer = (int(among[i]) for i in found)
         spread = among[torch.linspace(0, len(among) - 1, 4).round().long()].tolist()

@@ -126,7 +126,8 @@ def _compare(what: str, expected: Any, got: Any, site: Site) -> None:
     except SplitError as error:
         raise SplitError(
             f"samples have different lengths, and with zeros in place of the padding's activations the {error}: what "
-            f"trains lets padding reach its results (a loss or norm over padding, a mask cached as numbers?); {_FIX}"
+            f"trains lets padding reach its results (a loss or norm over padding, the first token of a text predicted "
+            f"from padding on its left, a mask cached as numbers?); {_FIX}"
         ) from error
 
 

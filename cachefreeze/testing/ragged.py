@@ -68,6 +68,7 @@ class Pad:
     extra: tuple[str, ...] = ()
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of some items."""
         longest = self.fixed or max(len(item["ids"]) for item in items)
         size = -(-longest // self.multiple) * self.multiple
 
@@ -110,6 +111,7 @@ class Block(nn.Module):
         self.causal = causal
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(batch, length, width) and a mask (batch, length) -> (batch, length, width)."""
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
         scores = q @ k.transpose(1, 2) / x.shape[2] ** 0.5
         if mask is not None:
@@ -160,6 +162,7 @@ class Reader(nn.Module):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """Token ids (batch, length) and what else the batch holds to logits and a loss."""
         x = self.start(ids, positions)
         for block in self.blocks:
             x = block(x, mask)
@@ -175,6 +178,7 @@ class Convolved(Reader):
         self.blanked = blanked
 
     def start(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Embeddings, convolved."""
         x = super().start(ids, positions)
         if self.blanked:  # as beyond the edge of the batch
             x = x * (ids != 0)[..., None]
@@ -189,6 +193,7 @@ class Normed(Reader):
         self.norm = nn.BatchNorm1d(12)
 
     def end(self, x: Tensor, mask: Tensor | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """Normed before the head."""
         return super().end(self.norm(x.transpose(1, 2)).transpose(1, 2), mask, labels)
 
 
@@ -202,6 +207,7 @@ class Recurrent(nn.Module):
         self.last = nn.Linear(24 if both else 12, CLASSES)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Token ids (batch, length) to logits for each token and a loss; the mask is ignored."""
         logits = self.last(self.first(self.embed(ids))[0])
         if labels is None:
             return {"logits": logits}
@@ -234,6 +240,7 @@ class NumericMask(Reader):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """Token ids (batch, length) and a mask of the same shape to logits for each token and a loss."""
         assert mask is not None
         hidden = (mask == 0) * -1e9 if self.hide is None else self.hide(mask)
         x = self.start(ids, positions)
@@ -258,6 +265,7 @@ class Strided(Reader):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """Token ids (batch, length) to logits and a loss; the mask is ignored."""
         x = self.pool(self.start(ids, positions).transpose(1, 2)).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
