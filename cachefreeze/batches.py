@@ -95,12 +95,12 @@ class BatchLayout:
                 elements.append(pytree.tree_unflatten([next(rest) for _ in range(tree.num_leaves)], tree))
         return self._container(elements)
 
-    def replace(self, batch: Any, rows: Any) -> Any:
-        """``batch`` itself with ``rows`` in place of what the model consumes, all else as it is."""
+    def replace(self, batch: Any, swap: Callable[[Any], Any]) -> Any:
+        """``batch`` with ``swap`` applied to each element that the model consumes, all else as it is."""
         if isinstance(batch, Mapping):
-            return _mapping_like(batch, dict.fromkeys(self.consumed, rows))
+            return _mapping_like(batch, {name: swap(batch[name]) for name in self.consumed})
         names, elements, container = _elements(batch)
-        return container([rows if name in self.consumed else e for name, e in zip(names, elements, strict=True)])
+        return container([swap(e) if name in self.consumed else e for name, e in zip(names, elements, strict=True)])
 
 
 def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:

@@ -223,8 +223,8 @@ class RaggedRows(RowFormat):
         return decoded if dims_of(spec) is None else padded(spec, decoded, given)
 
     def assemble(self, batch: Any, rows: Any) -> Any:
-        """In the user's own batch."""
-        return self.view.layout.replace(batch, rows)
+        """In the user's own batch, with what they stand in place of."""
+        return self.view.layout.replace(batch, rows.beside)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

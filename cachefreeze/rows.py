@@ -20,7 +20,7 @@ from cachefreeze.isolation import preserved_random_state
 from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, move, worker_loader
 from cachefreeze.reporting import caching_line
 from cachefreeze.samples import View
-from cachefreeze.splitting import Parts
+from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.stores import Store, StoreSpec
 from cachefreeze.stores.opening import Wanted, open_store
 from cachefreeze.tracing import Example
@@ -90,7 +90,7 @@ class FrozenPrefix:
     def identity(self) -> dict[str, str]:
         """Fingerprint fields of the prefix and of how it computes."""
         tensors = [
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
+            f"{_own_shape(t)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
             for t in self.parts.boundary.tensors
         ]
         matmul = torch.get_float32_matmul_precision()
@@ -282,6 +282,14 @@ class StoredRows:
 def _index(rows: Sequence[int]) -> Tensor:
     """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list."""
     return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
+
+
+def _own_shape(tensor: BoundaryTensor) -> tuple[int | str, ...]:
+    """A sample's shape, without the padded length of the batch that happened to be split with."""
+    sizes: list[int | str] = list(tensor.shape)
+    for dim, _, _ in tensor.follows:
+        sizes[dim - (dim > tensor.batch_dim)] = "*"
+    return tuple(sizes)
 
 
 def model_device(model: torch.nn.Module) -> torch.device:
