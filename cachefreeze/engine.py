@@ -127,7 +127,8 @@ class Engine:
                 if seen.ragged is None:
                     self.parts = split(self.model, example)
                 else:
-                    self.parts = split_padded(self.model, seen.padded_batches(model_device(self.model)))
+                    batches = seen.padded_batches(model_device(self.model))
+                    self.parts = split_padded(self.model, batches, seen.layout.input_names)
             self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
         return self.cache.loader_for(dataloader, seen, name, version)
 

@@ -86,7 +86,7 @@ def format_of(parts: Parts, view: View, dtype: str | torch.dtype | None) -> RowF
     """The format that fits a split and the samples.
 
     Raises:
-        LoaderError: The samples have different lengths, and the split was made for one.
+        LoaderError: The samples have different lengths, and the split was made for one length, or with other inputs.
     """
     if view.ragged is None:
         return UniformRows(parts, view, dtype)
@@ -95,6 +95,11 @@ def format_of(parts: Parts, view: View, dtype: str | torch.dtype | None) -> RowF
             f"the samples of this loader have different lengths ({'; '.join(a.name for a in view.ragged.axes)}), but "
             "the model was split for samples of one length: let the Engine split it, and give it a loader with "
             "different lengths first"
+        )
+    if parts.inputs != view.layout.input_names:
+        raise LoaderError(
+            f"the batches of this loader give the model {', '.join(view.layout.input_names)}, but it was split with "
+            f"{', '.join(parts.inputs)}: give it the same inputs in the same order, labels included"
         )
     return RaggedRows(parts, view, dtype)
 
@@ -106,6 +111,7 @@ class UniformRows(RowFormat):
     def __init__(self, parts: Parts, view: View, dtype: str | torch.dtype | None) -> None:
         super().__init__(parts, view, dtype)
         self._codecs = [self._codec(i, spec) for i, spec in enumerate(parts.boundary.tensors)]
+        self._shapes = _shapes(view.example())
         beside = [
             FieldSpec(name=f"field.{i}", shape=tuple(values.shape[1:]), dtype=values.dtype)
             for i, (_, values) in enumerate(view.fields())
@@ -118,8 +124,19 @@ class UniformRows(RowFormat):
         return self.view.collate_fn(samples)
 
     def example(self, raw: Any) -> Example:
-        """Of the user's batch."""
-        return self.view.layout.example(raw)
+        """Of the user's batch.
+
+        Raises:
+            LoaderError: Its samples have another shape than the others.
+        """
+        example = self.view.layout.example(raw)
+        if _shapes(example) != self._shapes:
+            raise LoaderError(
+                f"a batch has inputs of shapes {_shapes(example)} for each sample, the samples that were looked at "
+                f"when the loader was made have {self._shapes}: few samples differ, so none of them was seen. Pad "
+                "to a fixed length in the collate function"
+            )
+        return example
 
     def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Activations and fields."""
@@ -225,6 +242,11 @@ class RaggedRows(RowFormat):
     def assemble(self, batch: Any, rows: Any) -> Any:
         """In the user's own batch, with what they stand in place of."""
         return self.view.layout.replace(batch, rows.beside)
+
+
+def _shapes(example: Example) -> list[tuple[int, ...]]:
+    """Of each input, without the batch."""
+    return [tuple(leaf.shape[1:]) for leaf in input_leaves(example) if isinstance(leaf, Tensor)]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -19,13 +19,34 @@ class Axis:
 
     Attributes:
         places: (number of the input among the leaves of the inputs, its dimension).
+        values: Per place the value that it is padded with; None where no padding was seen.
         left: Whether padding comes before a sample's content.
         name: The inputs' names, for messages.
     """
 
     places: tuple[tuple[int, int], ...]
+    values: tuple[float | None, ...]
     left: bool
     name: str
+
+    def check(self, example: Example, lengths: Tensor) -> None:
+        """Compare a batch with what is known of its samples: (n,) how much of each row is content.
+
+        Raises:
+            BatchDependentError: The batch is padded otherwise.
+        """
+        leaves = input_leaves(example)
+        for (leaf, dim), value in zip(self.places, self.values, strict=True):
+            rows = leaves[leaf].movedim(dim, 1)
+            real = content(lengths, rows.shape[1], left=self.left).to(rows.device)
+            cut = int(lengths.max()) > rows.shape[1]
+            if cut or (value is not None and not bool((rows[~real] == value).all())):
+                raise BatchDependentError(
+                    f"a batch is not padded as its samples were when the loader was made ({self.name}: content on the "
+                    f"{'right' if self.left else 'left'}, then {value}), so their rows do not fit in: a collate "
+                    "function that cuts or sorts some batches, or a tokenizer whose settings changed? Make a new "
+                    "loader after such a change"
+                )
 
     def size(self, example: Example) -> int:
         """To how many steps a batch is padded."""
@@ -69,16 +90,9 @@ def unpad(tensor: Tensor, dims: tuple[int, int], lengths: Tensor, *, left: bool)
     Shapes:
         tensor with n and the padded size at ``dims`` -> (n, longest of ``lengths``, *rest), zero after the content.
 
-    Raises:
-        BatchDependentError: A row is shorter than its sample.
     """
     rows = tensor.movedim(dims, (0, 1))
     size, longest = rows.shape[1], int(lengths.max())
-    if longest > size:
-        raise BatchDependentError(
-            f"a batch was padded to {size} where one of its samples alone has {longest}: the collate function cuts a "
-            "sample to fit its batch, so no single row stands for it; truncate to a fixed length instead"
-        )
     if left:
         return _shifted(rows, lengths, size - lengths, longest)
     return _blank(rows[:, :longest], lengths).contiguous()

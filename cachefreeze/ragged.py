@@ -63,9 +63,16 @@ class RaggedSamples:
             return self.collate([self.codec.decode(item) for item in data])
 
     def padded(self, batch: Any, rows: Sequence[int]) -> Padded:
-        """The model's inputs within a collated batch of ``rows``, and where its content is."""
-        lengths = self.lengths[torch.tensor(list(rows))]
-        return Padded(self.layout.example(batch), self.axes, tuple(lengths.unbind(1)))
+        """The model's inputs within a collated batch of ``rows``, and where its content is.
+
+        Raises:
+            BatchDependentError: The batch is not padded as its samples were when they were measured.
+        """
+        lengths = self.lengths[torch.tensor(list(rows))].unbind(1)
+        example = self.layout.example(batch)
+        for axis, column in zip(self.axes, lengths, strict=True):
+            axis.check(example, column)
+        return Padded(example, self.axes, lengths)
 
     def batches(self) -> list[list[int]]:
         """Samples of batches to split and to verify with.
@@ -89,6 +96,11 @@ class RaggedSamples:
         return [[short, longer, long], [short, long], [short, short], spread]
 
 
+def evenly(count: int, some: int) -> list[int]:
+    """At most ``some`` of ``count`` indices, evenly spread, each once, the first and the last among them."""
+    return sorted({round(i * (count - 1) / (some - 1)) for i in range(some)})
+
+
 def varying(one: Callable[[int], Any], layout: BatchLayout, count: int) -> frozenset[Place]:
     """Dimensions of the inputs that differ between samples collated alone; empty where all have one shape.
 
@@ -97,7 +109,7 @@ def varying(one: Callable[[int], Any], layout: BatchLayout, count: int) -> froze
         layout: What the model consumes.
         count: Samples of the dataset.
     """
-    some = sorted({round(i * (count - 1) / (_PROBED - 1)) for i in range(_PROBED)})
+    some = evenly(count, _PROBED)
     with preserved_random_state():
         shapes = [_shapes(layout.example(one(index))) for index in some]
     return frozenset(
@@ -262,7 +274,7 @@ def _axes(
             sides.compare(input_leaves(layout.example(collate(items))), [input_leaves(one) for one in alone])
         left = sides.left()
         name = ", ".join(dict.fromkeys(names(leaf) for leaf, _ in places))
-        axes.append(Axis(tuple(places), left, name))
+        axes.append(Axis(tuple(places), tuple(sides.values.get(place) for place in places), left, name))
         masked = torch.stack([_padding(scan, place, sides.values.get(place), left=left) for place in places])
         lengths.append(size - masked.min(dim=0).values if sides.has_mask(left=left) else size)
     shown = "; ".join(f"{axis.name} padded on the {'left' if axis.left else 'right'}" for axis in axes)

@@ -18,7 +18,7 @@ from cachefreeze.errors import BatchDependentError, RandomSampleError, UsageErro
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState, preserved_random_state
 from cachefreeze.padding import Padded
-from cachefreeze.ragged import RaggedSamples, measure, varying
+from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.tracing import Example
 
 
@@ -117,7 +117,7 @@ class View:
         if self.ragged is not None:
             return self.ragged.identity
         count = len(self)
-        some = sorted({round(i * (count - 1) / (_DIGESTED - 1)) for i in range(_DIGESTED)})
+        some = evenly(count, _DIGESTED)
         batch = self.fetch(some)
         consumed = self.layout.example(batch)
         return {
@@ -131,6 +131,8 @@ class View:
 
 # Samples whose content enters the fingerprint, evenly spread over the dataset.
 _DIGESTED = 8
+# Samples that are collated together to see whether each has its own row.
+_COLLATED = 5
 
 
 def _first(dataset: Any) -> list[int]:
@@ -196,22 +198,32 @@ def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> No
                     f"dataset[{index}] {how}, so no single row stands for the sample. Cache a deterministic view: "
                     f"{view_line(dataset)}; or pass assume_deterministic=True if the draw changes nothing"
                 )
-        a, b = dataset[some[0]], dataset[some[-1]]
+        items = [dataset[index] for index in evenly(count, _COLLATED)]
         before = RandomState.capture()
-        together = collate([copy.deepcopy(a), copy.deepcopy(b)])
+        together = collate(copy.deepcopy(items))
         moved = before.moved()
-        again = collate([copy.deepcopy(a), copy.deepcopy(b)])
+        again = collate(copy.deepcopy(items))
         if moved or digest(together) != digest(again):
             raise RandomSampleError(
                 "the collate function is random (CutMix, MixUp, masking?), so no single row stands for a sample. Give "
                 "the loader a deterministic collate_fn and mix in the training loop; or pass assume_deterministic=True"
             )
-        alone = collate([copy.deepcopy(a), copy.deepcopy(a)])
-        for one, two in zip(leaves_of(alone), leaves_of(together), strict=False):
-            if isinstance(one, Tensor) and one.dim() and two.dim() and not _same_row(one[0], two[0]):
+        _check_rows_of(collate, items)
+        _check_rows_of(collate, items[::-1])  # a batch that is sorted would come in the order of one of the two
+
+
+def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> None:
+    """Row *i* of a batch must be item *i*, whatever the others are."""
+    together = leaves_of(collate(copy.deepcopy(items)))
+    for position, item in enumerate(items):
+        alone = leaves_of(collate([copy.deepcopy(item), copy.deepcopy(item)]))
+        for one, many in zip(alone, together, strict=False):
+            rows = isinstance(one, Tensor) and isinstance(many, Tensor) and one.dim() and many.dim()
+            if rows and (len(one), len(many)) == (2, len(items)) and not _same_row(one[0], many[position]):
                 raise BatchDependentError(
-                    "the collate function makes a sample depend on the others of its batch, so no single row stands "
-                    "for it. Give the loader a collate_fn that only stacks, and mix in the training loop"
+                    "the collate function makes a sample depend on the others of its batch, or does not keep their "
+                    "order, so no single row stands for it. Give the loader a collate_fn that only stacks or pads, and "
+                    "mix or sort in the training loop"
                 )
 
 

@@ -302,6 +302,9 @@ def collated(how):
             batch["mask"] = batch["mask"][:, None, :] * batch["mask"][:, :, None]
         elif how == "number":
             batch["positions"] = size
+        elif how.startswith("sorted"):
+            order = sorted(range(len(items)), key=lambda i: lengths[i] if "length" in how else items[i]["label"])
+            batch = {key: value[order[::-1] if "long first" in how else order] for key, value in batch.items()}
         return batch
 
     return collate
@@ -313,6 +316,9 @@ def collated(how):
         ("both sides", errors.BatchDependentError, "does not simply pad|depend on the others"),
         ("last token", errors.BatchDependentError, "does not simply pad ids"),
         ("shortest", errors.BatchDependentError, "does not simply pad|cuts a sample"),
+        ("sorted by length, long first", errors.BatchDependentError, "does not keep their order"),
+        ("sorted by length, short first", errors.BatchDependentError, "does not keep their order"),
+        ("sorted by label", errors.BatchDependentError, "does not keep their order"),
         ("square mask", errors.LoaderError, "mask is padded in more than one dimension"),
         (
             "number",
@@ -377,5 +383,94 @@ def test_a_length_that_the_probe_missed_is_an_error_not_a_wrong_row():
     lengths = [6] * 500
     lengths[3] = 9  # between the samples that are probed
     _, loader = cached(data=Texts(500, lengths=lengths), sampler=range(500))
-    with pytest.raises(errors.StoreError, match="rows of a store have one shape"):
+    with pytest.raises(errors.LoaderError, match=r"shapes \[\(9,\), \(9,\), \(\)\].*fixed length"):
         next(iter(loader))
+
+
+class Settings(Pad):
+    """A collate function whose settings can be changed, as a tokenizer's can."""
+
+    side = False
+
+    def __call__(self, items):
+        return replace(Pad(positions=True), left=Settings.side)(items)
+
+
+@pytest.mark.parametrize("after", ["nothing", "a fill"])
+def test_settings_that_change_behind_the_loader_are_caught(after, monkeypatch):
+    """Padding on the other side than the rows were measured with, in a fill as in a cached pass."""
+    engine, loader = cached(case=replace(RIGHT, collate=Settings()))
+    if after == "a fill":
+        engine.cache.fill(loader)
+    monkeypatch.setattr(Settings, "side", True)
+    with pytest.raises(errors.BatchDependentError, match="not padded as its samples were"):
+        list(loader)
+
+
+def test_a_second_loader_gives_the_model_the_same_inputs():
+    engine, _ = cached()
+    with pytest.raises(errors.LoaderError, match="give the model ids, mask, but it was split with ids, mask, labels"):
+        engine.loader(DataLoader(Texts(9), 4, collate_fn=Pad(labels="")))
+
+
+def test_a_split_for_one_length_is_no_split_for_many():
+    model = frozen(RIGHT)
+    parts = cf.split(model, sample_batch(model, Pad()), "blocks.2")
+    with pytest.raises(errors.LoaderError, match="let the Engine split it"):
+        cf.CacheManager(parts, "host").loader(DataLoader(Texts(), 5, collate_fn=Pad()))
+
+
+class Frames(Texts):
+    """Recordings of different lengths: numpy frames, and a label for each."""
+
+    def __getitem__(self, index):
+        frames = np.random.default_rng(index).normal(size=(self.lengths[index], 4)).astype(np.float32)
+        return frames, np.arange(self.lengths[index]) % 3
+
+
+def framed(items):
+    size = max(len(frames) for frames, _ in items)
+    made, labels = torch.zeros(len(items), size, 4), torch.full((len(items), size), -100)
+    for i, (frames, own) in enumerate(items):
+        made[i, : len(frames)] = torch.from_numpy(frames)
+        labels[i, : len(own)] = torch.from_numpy(own)
+    return made, labels
+
+
+class Listener(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.GRU(4, 6, batch_first=True)
+        self.last = torch.nn.Linear(6, 3)
+
+    def forward(self, frames):
+        return self.last(self.first(frames)[0])
+
+
+def test_tuples_of_arrays_and_a_loss_outside(tmp_path):
+    """No mask, no dict: frames padded with zeros, labels with -100, and a loss of the user's own."""
+    found = []
+    for store in ("off", "host", f"hdf5:{tmp_path}"):
+        torch.manual_seed(0)
+        model = Listener()
+        cf.freeze(model, "last", example_inputs=torch.zeros(2, 5, 4))
+        engine = cf.Engine(model, store)
+        torch.manual_seed(1)
+        train = engine.loader(DataLoader(Frames(), 5, shuffle=True, collate_fn=framed))
+        optimizer = torch.optim.SGD(model.last.parameters(), 0.1)
+
+        def loss_fn(output, target):
+            return torch.nn.functional.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=-100)
+
+        losses = []
+        for _ in engine.epochs(2):
+            for frames, labels in train:
+                loss = loss_fn(engine(frames), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        found.append(losses)
+        engine.close()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == found[1]

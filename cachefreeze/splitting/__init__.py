@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Parts:
         boundary: Name of the first trainable block, and the tensors that cross.
         executor: Which executor made the cut.
         cached_fraction: Share of the forward's FLOPs that the cache removes, 0 to 1.
+        inputs: Names of the leaves of the model's inputs, where samples have different lengths.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Parts:
     boundary: Boundary
     executor: str
     cached_fraction: float
+    inputs: tuple[str, ...] = ()
 
     @property
     def padded(self) -> frozenset[tuple[int, int]]:
@@ -101,7 +103,9 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
     raise SplitError("; ".join(reasons))
 
 
-def split_padded(model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]]]) -> Parts:
+def split_padded(
+    model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]]], inputs: tuple[str, ...] = ()
+) -> Parts:
     """:func:`split` for samples of different lengths: rows hold content alone, raw inputs are given with them.
 
     Only the replay executor cuts here: a traced graph has the padded length of its example in it.
@@ -110,6 +114,7 @@ def split_padded(model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]
         model: As for :func:`split`; the boundary is read from ``requires_grad``.
         batches: Padded batches and the samples in them: of at least three samples, then of two and padded less, then
             any others. Some samples are in several of them.
+        inputs: Names of the leaves of the model's inputs: rows are given with these, in this order.
 
     Raises:
         FreezeError, SplitError: As for :func:`split`.
@@ -120,7 +125,7 @@ def split_padded(model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]
     cut = executor.cut(site, example, batches[1][0].example)
     verify(cut, site, example)
     verify_padded(cut, site, batches)
-    return _parts(cut, site, example, executor.name)
+    return replace(_parts(cut, site, example, executor.name), inputs=inputs)
 
 
 def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:

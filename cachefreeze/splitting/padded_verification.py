@@ -68,8 +68,15 @@ def unpadded(spec: BoundaryTensor, tensor: Tensor, batch: Padded) -> Tensor:
     dims = dims_of(spec)
     if dims is None:
         return tensor.movedim(spec.batch_dim, 0)
-    axis = batch.axis(spec.follows[0][1:])
-    return unpad(tensor, dims, batch.lengths[axis], left=batch.axes[axis].left)
+    number = batch.axis(spec.follows[0][1:])
+    axis = batch.axes[number]
+    size = axis.size(batch.example)
+    if tensor.shape[dims[1]] != size:
+        raise BatchDependentError(
+            f"an activation has {tensor.shape[dims[1]]} steps in a batch whose {axis.name} are padded to {size}, so it "
+            f"follows another length than it did when the model was split; {_FIX}"
+        )
+    return unpad(tensor, dims, batch.lengths[number], left=axis.left)
 
 
 def padded(spec: BoundaryTensor, rows: Tensor, batch: Padded) -> Tensor:
