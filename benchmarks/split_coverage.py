@@ -33,7 +33,8 @@ from epoch_timings import hardware, load_average, versions
 SCHEMA = 1
 _MEMORY_BYTES = 6 << 30
 _SMOKE = {
-    "torchvision": ("squeezenet1_1",), "timm": ("vision_transformer",), "transformers": ("bert", "gpt2", "vit-mae"),
+    "transformers": ("bert", "gpt2", "vit-mae"), "masks": (), "timm": ("vision_transformer",),
+    "torchvision": ("squeezenet1_1",),
 }  # fmt: skip
 # What a cut ends as, from good to bad.
 STATUSES = ("n/a", "ok", "refused", "work", "state", "crash", "silent")
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="five models, in seconds")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--resume", type=Path, metavar="FILE.jsonl", help="append each model here, skip those found")
+    parser.add_argument("--report", action="store_true", help="run nothing: report what --resume holds so far")
     options = parser.parse_args(argv)
     began, load_before = time.perf_counter(), load_average()
     torch.set_num_threads(1)
@@ -153,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = list(chosen(libraries, options.only, smoke=options.smoke))
     rows = [done[key] for case in cases if (key := (case.library, case.name)) in done]
     left = [case for case in cases if (case.library, case.name) not in done]
+    missing = len(left) if options.report else 0
+    left = [] if options.report else left
     with ThreadPoolExecutor(options.jobs) as pool:
         for future in as_completed([pool.submit(in_process, case, places, options.timeout) for case in left]):
             row = future.result()
@@ -183,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions() | _library_versions(),
         "load_average": {"before": load_before, "after": load_average()},
         "seconds": round(time.perf_counter() - began, 1),
+        "models_not_run": missing,
         "summary": totals,
         "models": [_without_traces(row) for row in rows],
     }

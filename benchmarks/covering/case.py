@@ -17,11 +17,12 @@ class Case:
     """A model to be split.
 
     Attributes:
-        library: ``torchvision``, ``timm`` or ``transformers``.
+        library: ``torchvision``, ``timm``, ``transformers`` or ``masks``.
         name: Unique within the library.
         build: The model with random weights.
         inputs: Random inputs for it.
         note: What was set so that the model is small or has no randomness of its own.
+        example: What the split is given, where that is not like ``inputs``.
     """
 
     library: str
@@ -29,3 +30,4 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Inputs
     note: str = ""
+    example: Inputs | None = None

@@ -1,23 +1,28 @@
-"""The three libraries."""
+"""The three libraries, and the text models whose example hides what their batches need."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 
 from covering import timm_models, torchvision_models, transformers_models
 from covering.case import Case
 
-LIBRARIES = ("transformers", "timm", "torchvision")
-_MODULES = {"transformers": transformers_models, "timm": timm_models, "torchvision": torchvision_models}
+_CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "transformers": transformers_models.cases,
+    "masks": transformers_models.mask_cases,
+    "timm": timm_models.cases,
+    "torchvision": torchvision_models.cases,
+}
+LIBRARIES = tuple(_CASES)
 
 
 def prepare(libraries: list[str]) -> None:
     """Import the libraries once, before there are processes."""
     for library in libraries:
-        module = __import__(library)
-        if library == "transformers":
+        module = import_module("transformers" if library == "masks" else library)
+        if library in ("transformers", "masks"):
             module.logging.set_verbosity_error()
             _ = module.BertModel  # what all its models import, it imports with the first one
     import_module("torch._dynamo")
@@ -26,4 +31,4 @@ def prepare(libraries: list[str]) -> None:
 
 def cases_of(library: str) -> Iterator[Case]:
     """The models of one library."""
-    return _MODULES[library].cases()
+    return _CASES[library]()

@@ -403,3 +403,27 @@ def cases() -> Iterator[Case]:
     """All of them, in the order of the table."""
     for name, (class_name, settings, inputs) in _TABLE.items():
         yield Case("transformers", name, partial(_build, class_name, settings), inputs)
+
+
+# An attention mask that is all ones is skipped by the models: what an example without padding does not show, rows of
+# a padded batch need all the same.
+_MASKED = ("bert", "distilbert", "electra", "gpt2", "llama", "mistral", "opt", "t5", "bart", "clip")
+_EXAMPLES: dict[str, tuple[int, ...]] = {"no sample is padded": (1, 1, 1), "only the last sample is padded": (1, 1, 0)}
+
+
+def _with_lengths(whole: tuple[int, ...], inputs: Inputs, batch: int, generator: Generator) -> dict[str, Any]:
+    given = inputs(batch, generator)
+    mask = torch.ones_like(given["attention_mask"])
+    for sample in range(batch):
+        if not whole[sample % len(whole)]:
+            mask[sample, mask.shape[1] // 2 :] = 0
+    return {**given, "attention_mask": mask}
+
+
+def mask_cases() -> Iterator[Case]:
+    """Text models that are split on an example with less padding than what comes later."""
+    for name in _MASKED:
+        class_name, settings, inputs = _TABLE[name]
+        for note, whole in _EXAMPLES.items():
+            example = partial(_with_lengths, whole, inputs)
+            yield Case("masks", f"{name}: {note}", partial(_build, class_name, settings), inputs, note, example)
