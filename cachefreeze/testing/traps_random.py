@@ -89,7 +89,7 @@ def layer_drop_frozen_in_training(self: Any, x: Tensor) -> Any:
     return self.head(y)
 
 
-@table("mid", refused="draws a random number to decide", mid=lambda: nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]))
+@table("mid", mid=lambda: nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]))
 def layer_drop_after(self: Any, x: Tensor) -> Any:
     """LayerDrop of all trained layers in train mode: the boundary itself may be skipped."""
     y = self.stem(x)
