@@ -373,7 +373,7 @@ class _Recorder(TorchFunctionMode):
             return
         self.recording.uses.append((self._tick(), numbers))
         module = self._model.get_submodule(name)
-        again = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+        again = next(module.parameters(), None) is None
         inputs = numbers if again else frozenset[int]()
         written = []
         for at, leaf in enumerate(given):
