@@ -70,6 +70,7 @@ class CacheManager:
             inputs=inputs,
             view=view,
             assume_deterministic=assume_deterministic,
+            padded=self.parts.padded,
         )
         return self.loader_for(dataloader, seen, name, version)
 
