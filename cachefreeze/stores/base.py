@@ -211,8 +211,9 @@ class Store(ABC):
             CorruptRowError: A row failed its checksum; it is absent from now on.
         """
         rows = self._checked(rows)
-        absent = rows[~self._looked(rows)]
-        if len(absent):
+        here = self._looked(rows)
+        if not here.all():
+            absent = rows[~here]
             raise StoreError(f"row {int(absent[0])} is absent ({len(absent)} of {len(rows)} asked for): fill it first")
         try:
             return self._read(rows)
@@ -281,8 +282,10 @@ class Store(ABC):
             raise StoreError(
                 f"rows must be a 1-d int64 tensor on the CPU, got {rows.dim()}-d {rows.dtype} on {rows.device}"
             )
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.spec.rows:
-            raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {int(rows.min())}..{int(rows.max())}")
+        if len(rows):
+            least, most = (int(row) for row in rows.aminmax())
+            if not 0 <= least <= most < self.spec.rows:
+                raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {least}..{most}")
         return rows
 
 

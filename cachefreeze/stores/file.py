@@ -122,6 +122,16 @@ def read_layout(fd: int, path: Path) -> tuple[Layout, int]:
     return layout, zlib.crc32(block[:-4])  # without its own CRC, or the result is a constant
 
 
+def checked_layout(fd: int, path: Path) -> tuple[Layout, int]:
+    """See :func:`read_layout`; what the system refuses is told, and ``fd`` is closed where this raises."""
+    try:
+        with failing_as("read", path):
+            return read_layout(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 def _count(fd: int, layout: Layout) -> int:
     source = Read(fd)
     try:

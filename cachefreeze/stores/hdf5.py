@@ -11,7 +11,6 @@ Shapes:
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import weakref
@@ -27,14 +26,15 @@ from torch import Tensor
 from cachefreeze.errors import CorruptRowError, StoreError, UsageError
 from cachefreeze.stores.base import BadRow, Store, StoreSpec
 from cachefreeze.stores.columns import Column, Packed
-from cachefreeze.stores.creation import check_target, create_file, lock_path
-from cachefreeze.stores.file import Header, open_regular, read_header, read_layout
+from cachefreeze.stores.creation import check_target, create_file
+from cachefreeze.stores.file import Header, checked_layout, open_regular, read_header
+from cachefreeze.stores.handles import Handles, share
 from cachefreeze.stores.header import encode
 from cachefreeze.stores.laying import lay_out
 from cachefreeze.stores.layout import COMMIT, HEADER_BYTES, RECORD_BYTES, Layout, check_storable
-from cachefreeze.stores.locks import FileLock, drop_in_children, still_names
+from cachefreeze.stores.locks import FileLock, drop_in_children
 from cachefreeze.stores.rows import RECORD, CommitTable, complete, records_of, row_digest, stretches
-from cachefreeze.stores.source import IO, Source, open_source
+from cachefreeze.stores.source import IO, open_source
 from cachefreeze.stores.system import failing_as, pwrite_all, store_error, system
 
 __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
@@ -54,7 +54,7 @@ class HDF5Store(Store):
 
     tier = "hdf5"
 
-    def __init__(self, path: Path, layout: Layout, crc: int, handles: _Handles, *, verify: Verify, io: IO) -> None:
+    def __init__(self, path: Path, layout: Layout, crc: int, handles: Handles, *, verify: Verify, io: IO) -> None:
         super().__init__(layout.spec, torch.device("cpu"))
         self._path = path
         self._layout = layout
@@ -110,7 +110,7 @@ class HDF5Store(Store):
         lock = create_file(path, layout.file_bytes, [*metadata, (0, encode(layout))])
         try:
             fd, _ = open_regular(path, os.O_RDWR)
-            return cls._attach(path, fd, *_checked_layout(fd, path), lock, verify="first", io=io)
+            return cls._attach(path, fd, *checked_layout(fd, path), lock, verify="first", io=io)
         except BaseException:
             system.unlink(path)
             lock.release(unlink=True)
@@ -138,9 +138,9 @@ class HDF5Store(Store):
         path = Path(path).absolute()
         _require_platform()
         fd, may_write = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
-        layout, crc = _checked_layout(fd, path)  # first, or a lock would be left beside a file that is no cache
+        layout, crc = checked_layout(fd, path)  # first, or a lock would be left beside a file that is no cache
         try:
-            lock = _share(path, fd) if may_write else None
+            lock = share(path, fd) if may_write else None
         except BaseException:
             os.close(fd)
             raise
@@ -207,7 +207,7 @@ class HDF5Store(Store):
         """Make a store of an open file; it owns ``fd`` from here on, and ``lock`` too once it is made."""
         try:
             with failing_as("read", path):
-                handles = _Handles(fd, lock, open_source(io, fd, layout.file_bytes))
+                handles = Handles(fd, lock, open_source(io, fd, layout.file_bytes))
                 store = cls(path, layout, crc, handles, verify=verify, io=io)
         except BaseException:
             os.close(fd)
@@ -345,55 +345,6 @@ class HDF5Store(Store):
                 f"{bad[0]}: they are absent now and can be computed and written again",
                 rows=bad.tolist(),
             )
-
-
-@final
-class _Handles:
-    """What a store holds of the operating system; outlives it only until the finalizer ran."""
-
-    def __init__(self, fd: int, lock: FileLock | None, source: Source) -> None:
-        self.fd: int | None = fd
-        self.lock = lock
-        self.source = source
-
-    def drop_writer(self) -> None:
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
-
-    def close(self) -> None:
-        self.drop_writer()
-        if self.lock is not None:
-            self.lock.release()
-        self.source.close()
-
-
-def _checked_layout(fd: int, path: Path) -> tuple[Layout, int]:
-    """See :func:`read_layout`; closes ``fd`` where it raises."""
-    try:
-        with failing_as("read", path):
-            return read_layout(fd, path)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _share(path: Path, fd: int) -> FileLock | None:
-    """The fillers' lock of an open cache file; None where the folder cannot be written, or the file is being removed.
-
-    Raises:
-        StoreError: It cannot be locked, or the file has just been removed.
-    """
-    try:
-        lock = FileLock.take(lock_path(path), os.O_CREAT, shared=True)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise store_error(error, "lock", path) from error
-        return None  # reading needs no write permission, neither to the file nor to its folder
-    if lock is not None and not still_names(path, fd):
-        lock.release(unlink=not path.exists())
-        raise StoreError(f"{path} was removed while it was being opened: open or create it again")
-    return lock
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:

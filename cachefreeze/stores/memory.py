@@ -109,7 +109,7 @@ class _TensorStore(Store):
         data = self._data[name]
         if not self._pin:
             return data.index_select(0, index)
-        return self._gather_pinned(data, index)
+        return self._gather_pinned(data, index)  # needs CUDA
 
     @staticmethod
     def _gather_pinned(data: Tensor, index: Tensor) -> Tensor:  # needs CUDA
@@ -132,7 +132,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     if tensor.device.type == "cpu" and device.type == "cuda":  # needs CUDA
         return _staged(tensor, device)
-    return tensor.to(device)
+    return tensor.to(device)  # needs CUDA, or another accelerator
 
 
 def _staged(tensor: Tensor, device: torch.device) -> Tensor:  # needs CUDA

@@ -59,7 +59,7 @@ class Mapped(Source):
         records = (len(self._bytes) - offset) // record_bytes
         table = self._bytes[offset : offset + records * record_bytes].reshape(records, record_bytes)
         # "clip" as "raise" gathers into a second buffer first; the caller has checked the indices
-        np.take(table, index, axis=0, out=out, mode="clip")
+        table.take(index, axis=0, out=out, mode="clip")
 
     def close(self) -> None:
         """Unmap, unless a read in another thread still gathers: then when that ends."""
