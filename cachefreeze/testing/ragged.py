@@ -33,6 +33,7 @@ class Texts(Dataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(3, 18, (count,), generator=generator).tolist()
         self.lengths = list(lengths) if lengths is not None else drawn
+        self.title = "text"
         self.ids = [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in self.lengths]
 
     def __len__(self) -> int:
@@ -40,7 +41,12 @@ class Texts(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = list(self.ids[index])
-        return {"ids": ids, "tags": [i % CLASSES for i in ids], "label": sum(ids) % CLASSES, "name": f"text {index}"}
+        return {
+            "ids": ids,
+            "tags": [i % CLASSES for i in ids],
+            "label": sum(ids) % CLASSES,
+            "name": f"{self.title} {index}",
+        }
 
 
 @dataclass(frozen=True)
