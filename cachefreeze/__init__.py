@@ -1,13 +1,13 @@
 """Run the frozen prefix of a network once per sample; train the rest from its cached activations."""
 
 from cachefreeze._started import STARTED  # noqa: F401 - first, before anything imports torch
-from cachefreeze.blocks import Block, blocks
+from cachefreeze.blocks import Block
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CacheFreezeError
 from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
-from cachefreeze.splitting import Boundary, BoundaryTensor, Parts, split
+from cachefreeze.splitting import Boundary, BoundaryTensor, Parts, blocks, split
 from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec
 from cachefreeze.training import Trainer
 

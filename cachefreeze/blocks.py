@@ -7,16 +7,10 @@ classifier Sequential stays whole. Anything else that holds weights is one block
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from cachefreeze.isolation import eval_mode, plain_attention, preserved_random_state
-from cachefreeze.tracing import Example, Tracer, Usage, usage_of
+from cachefreeze.tracing import Usage
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -29,7 +23,7 @@ class Block:
         name: Its module name.
         parameters: Number of parameters that it and the norms that belong to it hold.
         bytes_per_sample: Bytes that cross its front edge for one sample; None without example inputs, or where
-            the model cannot be traced.
+            no rows can hold what crosses.
         forward_before: Share of the forward's FLOPs spent before it, 0 to 1; None without example inputs.
         members: Names of the modules that belong to it; the first is the block itself.
     """
@@ -41,33 +35,15 @@ class Block:
     members: tuple[str, ...]
 
 
-def blocks(model: nn.Module, example_inputs: Any = None) -> list[Block]:
-    """List the blocks of ``model`` in order of first use in a forward.
-
-    Args:
-        model: Any module. Modes, weights and random states are as before afterwards.
-        example_inputs: A tensor, a tuple (positional) or a dict (keyword) with a batch of at least 2. Without
-            them the order is read from a symbolic trace, else from registration, with a warning.
-
-    Returns:
-        The blocks; bytes and share of the forward only with ``example_inputs``.
-    """
-    if example_inputs is None:
-        return list_blocks(model, usage_of(model))
-    example = Example.of(example_inputs)
-    listed = list_blocks(model, usage_of(model, example))
-    shares = _forward_before(model, example, listed)
-    crossing = _crossing_bytes(model, example, listed)
-    return [
-        Block(block.name, block.parameters, crossing.get(block.name), shares.get(block.name), block.members)
-        for block in listed
-    ]
-
-
 def list_blocks(model: nn.Module, usage: Usage) -> list[Block]:
     """The blocks by name and parameters alone, in the order that ``usage`` recorded."""
     final = _final_classifier(model, usage)
-    leaves = [name for name in _opened(model, "", final) if name]
+    elsewhere = _called_parameters(model, usage)
+    leaves = [
+        name
+        for name in _opened(model, "", final)
+        if name and (usage.first_call_of(model, name) or not _owned(model, name) <= elsewhere)
+    ]
     started = {name: start for name in leaves if (start := usage.start(model, name)) is not None}
     modules = dict(model.named_modules(remove_duplicate=False))
     members: list[list[str]] = []
@@ -88,6 +64,16 @@ def list_blocks(model: nn.Module, usage: Usage) -> list[Block]:
         )
         for names in members
     ]
+
+
+def _called_parameters(model: nn.Module, usage: Usage) -> set[int]:
+    """Ids of the parameters of modules that a forward calls."""
+    modules = {id(m): m for name, m in model.named_modules() if name and usage.first_call(name) is not None}
+    return {id(p) for m in modules.values() for p in m.parameters(recurse=False)}
+
+
+def _owned(model: nn.Module, name: str) -> set[int]:
+    return {id(p) for p in model.get_submodule(name).parameters()}
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -156,70 +142,3 @@ def _final_classifier(model: nn.Module, usage: Usage) -> str | None:
     module = model.get_submodule(last)
     plain = isinstance(module, nn.Sequential) and all(_weight_layers(child) <= 1 for child in module.children())
     return last if plain else None
-
-
-def _forward_before(model: nn.Module, example: Example, listed: list[Block]) -> dict[str, float]:
-    """Share of the FLOPs that a forward has spent when each block is first entered."""
-    spent: dict[str, int] = {}
-    counter = FlopCounterMode(display=False)
-
-    def note(name: str, *_: Any) -> None:
-        spent.setdefault(name, counter.get_total_flops())
-
-    handles = [model.get_submodule(b.name).register_forward_pre_hook(partial(note, b.name)) for b in listed]
-    try:
-        with preserved_random_state(), eval_mode(model), torch.no_grad(), plain_attention(), counter:
-            example.fresh().call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = counter.get_total_flops()
-    return {name: flops / total for name, flops in spent.items()} if total else {}
-
-
-def _crossing_bytes(model: nn.Module, example: Example, listed: list[Block]) -> dict[str, int]:
-    """Bytes per sample of the values that are made before a block and used from it on."""
-    names = {block.name for block in listed}
-    within = {name for block in names for name in _parents(block)}
-
-    def is_leaf(module: nn.Module, name: str) -> bool:
-        return name not in within
-
-    try:
-        with eval_mode(model), preserved_random_state(), torch.no_grad():
-            graph = Tracer(is_leaf, example).trace(model)
-            sizes = _Sizes(fx.GraphModule(model, graph), example.batch)
-            own = example.fresh()
-            sizes.run(*own.args, *own.kwargs.values())
-    except Exception:  # untraceable models have no such figure yet; the attribute says None
-        return {}
-    nodes = list(graph.nodes)
-    last_use = {node: max((nodes.index(user) for user in node.users), default=-1) for node in nodes}
-    result: dict[str, int] = {}
-    for position, node in enumerate(nodes):
-        if node.op == "call_module" and node.target in names and node.target not in result:
-            result[str(node.target)] = sum(
-                sizes.bytes.get(other, 0) for other in nodes[:position] if last_use[other] >= position
-            )
-    return result
-
-
-class _Sizes(fx.Interpreter):
-    """Run a graph and note the bytes per sample of every node's value."""
-
-    def __init__(self, module: fx.GraphModule, batch: int) -> None:
-        super().__init__(module)
-        self.batch = batch
-        self.bytes: dict[fx.Node, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "get_attr":
-            tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-            self.bytes[n] = sum(t.numel() * t.element_size() for t in tensors) // self.batch
-        return value
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))]

@@ -66,18 +66,23 @@ def state_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def structure(module: nn.Module) -> str:
     """Digest of a module tree: classes, their forward's code and plain attributes, without weights, hooks, modes."""
     state = xxhash.xxh3_128()
+    _walk_structure(state, module, set())
+    return state.hexdigest()
+
+
+def _walk_structure(state: Any, module: nn.Module, seen: set[int]) -> None:
     for name, child in module.named_modules():
         kind = type(child)
         state.update(f"{name}:{kind.__module__}.{kind.__qualname__};".encode())
         if isinstance(child, torch.fx.GraphModule):
             state.update(child.code.encode())
             continue
-        _walk(state, kind.forward, 0, set())
+        within = seen | {id(child)}  # a closure over the module itself comes back here
+        _walk(state, kind.forward, 0, within)
         for key, value in sorted(vars(child).items()):
             if key not in BOOKKEEPING and "hook" not in key and not isinstance(value, nn.Module | Tensor):
                 state.update(f"{key}=".encode())
-                _walk(state, value, 0, set())
-    return state.hexdigest()
+                _walk(state, value, 0, within)
 
 
 def digest(value: Any) -> str:
@@ -159,7 +164,7 @@ def _walk_object(state: Any, value: Any, depth: int, seen: set[int]) -> None:
         if isinstance(name, str) and hasattr(value, name):
             attributes[name] = getattr(value, name)
     if isinstance(value, nn.Module):
-        state.update(structure(value).encode())
+        _walk_structure(state, value, seen)
         state.update(tensors_digest(state_tensors(value)).encode())
     elif attributes:
         for key in sorted(attributes):

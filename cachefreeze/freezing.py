@@ -166,9 +166,14 @@ def boundary_of(model: nn.Module, usage: Usage) -> str | None:
             f"from. {block_list(model, usage)} Unfreeze one: cf.unfreeze(model)"
         )
     event, parameter = used[0]
-    if not any(e < event for e in usage.parameters.values()):
-        return None
     block = _block_holding(model, usage, parameter, event)
+    start = min(event, boundary_event(model, block, usage))
+    if not any(e < start for e in usage.parameters.values()):
+        # a norm that belongs to the first block may train alone
+        block = _member_holding(model, usage, parameter, block)
+        start = min(event, boundary_event(model, block, usage))
+        if not any(e < start for e in usage.parameters.values()):
+            return None
     asked = next((lock.train_from for lock in _locks(model) if lock.train_from), None)
     asked_event = usage.start(model, asked) if asked else None
     if asked is None or asked_event is None or asked_event > event:
@@ -256,13 +261,23 @@ def _unlock(module: nn.Module) -> bool:
 
 
 def _block_holding(model: nn.Module, usage: Usage, parameter: str, event: int) -> str:
-    """The listed block that holds ``parameter``, else the block that is used next after ``event``."""
+    """The listed block that holds ``parameter``, else the block that is used next after ``event``.
+
+    A list of parameters that is never called is no place to cut at: what uses it is.
+    """
     listed = list_blocks(model, usage)
+    listed = [block for block in listed if usage.first_call_of(model, block.name) is not None] or listed
     for block in listed:
         if any(parameter in _parameter_names(model, member) for member in block.members):
             return block.name
     later = [block.name for block in listed if boundary_event(model, block.name, usage) >= event]
     return later[0] if later else listed[-1].name
+
+
+def _member_holding(model: nn.Module, usage: Usage, parameter: str, name: str) -> str:
+    """The module of a block that holds ``parameter``: the block itself, or a norm that belongs to it."""
+    members = next(block.members for block in list_blocks(model, usage) if block.name == name)
+    return next((member for member in members if parameter in _parameter_names(model, member)), name)
 
 
 def _match(model: nn.Module, patterns: Sequence[str], usage: Usage) -> list[str]:

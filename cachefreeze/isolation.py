@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,12 @@ class RandomState:
         np.random.set_state(self.numpy)  # noqa: NPY002 - the user's global state is the point
         random.setstate(self.python)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal states."""
+        torch_states = (self.torch_cpu, *self.torch_cuda)
+        return (*(state.numpy().tobytes() for state in torch_states), _numpy_key(self.numpy), self.python)
+
     def moved(self) -> list[str]:
         """Names of the states that differ from this one now."""
         now = RandomState.capture()
@@ -55,14 +63,16 @@ def _numpy_key(state: dict[str, Any]) -> tuple[Any, ...]:
     return (inner["key"].tobytes(), inner["pos"], state["has_gauss"], state["gauss"])
 
 
-def seed_initialised_generators(seed: int) -> None:
-    """Seed torch's generators, CUDA's only where it is initialised.
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators, numpy's and Python's; CUDA's only where it is initialised.
 
     ``torch.manual_seed`` would queue the seed for a CUDA that comes up later, and the user's draws would start there.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the user's global state is the point
+    random.seed(seed)
 
 
 @contextmanager
@@ -76,9 +86,9 @@ def preserved_random_state() -> Iterator[RandomState]:
 
 
 @contextmanager
-def preserved_modes(model: nn.Module) -> Iterator[None]:
+def preserved_modes(*models: nn.Module) -> Iterator[None]:
     """Whatever ``train()`` or ``eval()`` is called inside, every module's flag is as before on exit."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
     finally:
@@ -87,11 +97,13 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward in train mode writes into buffers, their values are as before on exit."""
+def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever a forward writes into the own buffers of some modules, their values are as before on exit."""
+    modules = list(modules)
+    known = [(module, set(module._buffers)) for module in modules]
     kept = [
         (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
+        for module in modules
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
@@ -102,17 +114,67 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer  # a forward may bind a buffer anew
                 if not torch.equal(buffer, value):  # an untouched buffer keeps its version counter
                     buffer.copy_(value)
+            for module, names in known:
+                for name in module._buffers.keys() - names:
+                    del module._buffers[name]
+
+
+class Attributes:
+    """The plain attributes of every module of a model: all but weights, buffers, children, hooks and modes."""
+
+    _APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
+    _CONTAINERS = (list, dict, set, deque)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = []
+        for name, module in model.named_modules():
+            own = {key: value for key, value in vars(module).items() if key not in self._APART}
+            contents = {key: copy.copy(value) for key, value in own.items() if type(value) in self._CONTAINERS}
+            self._kept.append((name, module, own, contents))
+
+    def changed(self) -> list[str]:
+        """Dotted names of the attributes that were bound anew, or whose list, dict or set holds something else."""
+        return [
+            f"{name}.{key}".lstrip(".")
+            for name, module, own, contents in self._kept
+            for key in sorted((vars(module).keys() | own.keys()) - self._APART)
+            if vars(module).get(key, self) is not own.get(key, self)
+            or (key in contents and not _same_items(vars(module)[key], contents[key]))
+        ]
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        for _, module, own, contents in self._kept:
+            state = vars(module)
+            for key in state.keys() - own.keys() - self._APART:
+                del state[key]
+            state.update(own)
+            for key, items in contents.items():
+                if not _same_items(own[key], items):
+                    own[key].clear()
+                    (own[key].extend if isinstance(items, list | deque) else own[key].update)(items)
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    """Whether a container holds the very same objects: comparing tensors by value would be no answer."""
+    if len(now) != len(before):
+        return False
+    if isinstance(before, dict):
+        return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
+    if isinstance(before, set):
+        return {id(item) for item in now} == {id(item) for item in before}
+    return all(a is b for a, b in zip(now, before, strict=True))
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Without the fused attention of eval mode, which the FLOP counter takes for no work at all."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def preserved_state(model: nn.Module) -> Iterator[Attributes]:
+    """Whatever a forward writes into buffers and plain attributes, they are as before on exit."""
+    attributes = Attributes(model)
     try:
-        yield
+        with preserved_buffers(model.modules()):
+            yield attributes
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        attributes.restore()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from cachefreeze.tracing import Example
 _RECOMPUTED_ROWS = 4
 # Relative to the largest magnitude: rows of another batch, perhaps another kernel; a wrong row is off by far more.
 _RECOMPUTED_TOLERANCE = 1e-2
+# How often a filler that has nothing left to do looks whether others have finished.
+_OTHERS_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,6 @@ class FrozenPrefix:
 
     def check(self) -> None:
         """Raise if rows made earlier would be stale."""
-        self.parts.follow()
         boundary = self.parts.boundary.name
         thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
         if thawed:
@@ -81,6 +83,7 @@ class FrozenPrefix:
                 f"{thawed[0].removeprefix('graph.')} before the boundary {boundary!r} is trainable again, so its "
                 "cached rows would be stale. Freeze it, or make a new Engine"
             )
+        self.parts.follow()
         if self._weights() != self._digest:
             raise StaleCacheError(
                 f"weights or buffers before the boundary {boundary!r} changed since the cache was opened, so its rows "
@@ -163,12 +166,8 @@ class StoredRows:
         return self.format.collate(samples) if samples else None
 
     def compute(self, rows: Sequence[int], raw: Any) -> Computed:
-        """Run the prefix over the collated raw batch of ``rows`` and write them where the store can be written."""
-        computed = self._run_prefix(rows, raw)
-        if self.store.writable:
-            self._uncommitted = True
-            self.store.write(torch.tensor(computed.rows), computed.values)
-        return computed
+        """Run the prefix over the raw batch of ``rows``; write those that no other process has or is about to write."""
+        return self._compute_mine(rows, raw, self._claim(rows))
 
     def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
         """The user's batch for ``rows``, some of which were just computed."""
@@ -207,30 +206,66 @@ class StoredRows:
             self._uncommitted = False
 
     def fill(self, dataloader: DataLoader[Any], progress: Callable[[int], None] | None) -> FillReport:
-        """Compute every absent row, in order."""
+        """Compute every absent row, in order, sharing the work with other processes that do the same."""
         self.check()
         if not self.store.writable:
-            raise UsageError(f"the store of {self.name!r} is being written by another process; let that one fill it")
-        missing = self.absent(range(self.spec.rows))
+            raise UsageError(f"the store of {self.name!r} cannot be written by this process; let another one fill it")
+        computed_rows = 0
+        with preserved_random_state():
+            while missing := self.absent(range(self.spec.rows)):
+                made = self._fill_once(dataloader, missing, progress)
+                computed_rows += made
+                if not made:
+                    time.sleep(_OTHERS_SECONDS)  # the rest is being computed by others; what a dead one leaves is ours
+        self.commit()
+        return FillReport(rows=self.spec.rows, computed_rows=computed_rows, nbytes=self.store.nbytes)
+
+    def _fill_once(
+        self, dataloader: DataLoader[Any], missing: Sequence[int], progress: Callable[[int], None] | None
+    ) -> int:
+        """Compute those of ``missing`` that nobody else is computing; returns how many."""
         size = dataloader.batch_size or 64
         lists = [missing[i : i + size] for i in range(0, len(missing), size)]
-        with preserved_random_state():
-            for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
-                self.compute(rows, raw)
-                if progress is not None:
-                    progress(len(rows))
-        self.commit()
-        return FillReport(rows=self.spec.rows, computed_rows=len(missing), nbytes=self.store.nbytes)
+        computed_rows = 0
+        for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
+            mine = self._claim(rows)
+            if bool(mine.any()):
+                self._compute_mine(rows, raw, mine)
+                computed_rows += int(mine.sum())
+            if progress is not None:
+                progress(int(mine.sum()))
+        return computed_rows
 
     # --- inside ---
+
+    def _claim(self, rows: Sequence[int]) -> Tensor:
+        """(n,) bool: which of ``rows`` are for this process to write."""
+        if not self.store.writable:
+            return torch.zeros(len(rows), dtype=torch.bool)
+        return self.store.claim(_index(rows))
+
+    def _compute_mine(self, rows: Sequence[int], raw: Any, mine: Tensor) -> Computed:
+        """Compute ``rows`` and write those that are ``mine``, which are given up if that fails."""
+        index = _index(rows)[mine]
+        try:
+            computed = self._run_prefix(rows, raw)
+            if len(index):
+                self._uncommitted = True
+                whole = len(index) == len(rows)
+                values = {n: v if whole else v[mine.to(v.device)] for n, v in computed.values.items()}
+                self.store.write(index, values)
+        except BaseException:
+            self.store.release(index)
+            raise
+        return computed
 
     def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
         tensors = self.prefix.run(self.format.example(raw), len(rows))
         return Computed(tuple(rows), self.format.encode(rows, raw, tensors))
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
-        """Rows from the store; where it keeps nothing, computed ones from where they were computed."""
-        if self.store.writable or not computed:
+        """Rows from the store; those that it does not keep from where they were computed."""
+        if bool(self.store.present(index).all()):
             return self.store.read(index)
         place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
         wanted = index.tolist()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import UsageError
-from cachefreeze.isolation import eval_mode, preserved_random_state
+from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,13 @@ class Usage:
         inside = [call for call in self.calls if call.name.startswith(f"{name}.")]
         return inside[0] if inside else None
 
+    def first_call_of(self, model: nn.Module, name: str) -> Call | None:
+        """The first call of the module that has this name, whatever name a recording has for it."""
+        return self.first_call(_first_name(model, name))
+
     def start(self, model: nn.Module, name: str) -> int | None:
         """The event at which module ``name`` or one of its parameters is first used."""
-        module = model.get_submodule(name)
-        name = next(n for n, m in model.named_modules() if m is module)  # a shared module is known by its first name
+        name = _first_name(model, name)
         call = self.first_call(name)
         events = [] if call is None else [call.start]
         prefix = f"{name}." if name else ""
@@ -77,6 +80,12 @@ class Usage:
     def enclosing(self, call: Call) -> list[str]:
         """Modules whose call encloses ``call``, outermost first; the root is ''."""
         return [other.name for other in self.calls if other.start < call.start and call.end < other.end]
+
+
+def _first_name(model: nn.Module, name: str) -> str:
+    """The name by which a recording knows a module: the first of those it is registered under."""
+    module = model.get_submodule(name)
+    return next(str(n) for n, m in model.named_modules() if m is module)
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ class Tracer(fx.Tracer):
     def __init__(self, is_leaf: Callable[[nn.Module, str], bool] | None = None, given: Example | None = None) -> None:
         vision = sys.modules.get("torchvision.ops")
         timm = sys.modules.get("timm.models._features_fx")
-        modules = (math,) if vision is None else (math, vision)
+        modules: Any = (math,) if vision is None else (math, vision)
         functions = tuple(timm.get_notrace_functions()) if timm is not None else ()
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)
         self._library: tuple[type, ...] = ()
@@ -215,8 +224,17 @@ class Tracer(fx.Tracer):
 def record_usage(model: nn.Module, inputs: Example) -> Usage:
     """Run one forward in eval mode without gradients and note what it uses, in order.
 
-    Module modes and random states are as before afterwards.
+    Module modes, buffers, plain attributes and random states are as before afterwards.
+
+    Raises:
+        UsageError: A module is scripted, so what it uses cannot be seen.
     """
+    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise UsageError(
+            f"{scripted or 'the model'!r} is a ScriptModule, whose calls and weights cannot be followed; put the plain "
+            "module in its place"
+        )
     events = _Events(model)
 
     class _Parameters(TorchFunctionMode):
@@ -232,7 +250,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
         handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: events.enter(n), prepend=True))
         handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: events.leave(n)))
     try:
-        with preserved_random_state(), eval_mode(model), torch.no_grad(), _Parameters():
+        with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad(), _Parameters():
             inputs.fresh().call(model)
     finally:
         for handle in handles:

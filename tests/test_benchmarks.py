@@ -67,3 +67,29 @@ def test_gpu_smoke():
     found = json.loads(run("gpu.py", "--smoke", "--tests", "tests/test_gpu.py")[-1])
     assert found["tests"]["exit_status"] == 0, found["tests"]
     assert "device" in found["timings"][0]["variants"]
+
+
+def test_store_torture(tmp_path):
+    """Every trial of the table runs, and the results file says how often."""
+    out = tmp_path / "torture.json"
+    lines = run("store_torture.py", "--smoke", "--out", str(out))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    assert (found["broken"], found["rounds"], len(found["trials"])) == (0, 1, 8)
+    for name, trial in found["trials"].items():
+        assert trial[trial["unit"]] > 0, name
+        assert name in lines[1 + list(found["trials"]).index(name)]
+
+
+def test_store_speed(tmp_path):
+    """Every way that is installed reads and fills rows of every size."""
+    out = tmp_path / "speed.json"
+    lines = run("store_speed.py", "--smoke", "--dir", str(tmp_path), "--out", str(out))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    for size in found["sizes"]:
+        assert {"host store", "hdf5, verify=first", "numpy.memmap", "safetensors"} <= set(size["reading"])
+        assert size["reading"]["host store"]["speed_to_host"] == 1
+        assert all(way["median_us"] > 0 for way in size["reading"].values())
+        assert all(order["speed_to_bare"] > 0 for order in size["filling"].values())
+    assert not [path for path in tmp_path.iterdir() if path != out], "its files are gone"

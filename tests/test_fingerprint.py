@@ -43,9 +43,10 @@ def make_data():
 def run(folder, model=None, data=None, **options):
     """One pass; the rows computed in it."""
     batch_size = options.pop("batch_size", 8)
+    collate = options.pop("collate", None)
     loader_options = {key: options.pop(key) for key in ("version", "view") if key in options}
     engine = cf.Engine(model or make_model(), f"hdf5:{folder}", **options)
-    loader = engine.loader(DataLoader(data or make_data(), batch_size), **loader_options)
+    loader = engine.loader(DataLoader(data or make_data(), batch_size, collate_fn=collate), **loader_options)
     for x, _ in loader:
         engine(x)
     engine.close()
@@ -91,6 +92,39 @@ def one_value(tensors):
     bump(tensors[0])
 
 
+class OtherCode(Scale):
+    def forward(self, x):
+        return x * (self.factor * self.hidden.mean())
+
+
+def larger_collate(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return x * 2, y
+
+
+class Shifted(Dataset):
+    """A dataset with a transform of its own."""
+
+    def __init__(self, shift):
+        self.data, self.transform = make_data(), partial(torch.add, other=shift)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return self.transform(x), y
+
+
+def longer(*more):
+    return {"data": TensorDataset(*(torch.cat([t, t[list(more)]]) for t in make_data().tensors))}
+
+
+def other_labels():
+    x, y = make_data().tensors
+    return {"data": TensorDataset(x, y.int())}
+
+
 CHANGES = {
     "one bit of a weight": lambda: changed_model(lambda m: bump(m[0].weight)),
     "one bit of a bias": lambda: changed_model(lambda m: bump(m[4].bias)),
@@ -109,7 +143,45 @@ CHANGES = {
     "the stored dtype": lambda: {"dtype": "float16"},
     "autocast": lambda: {"autocast": torch.bfloat16},
     "the version": lambda: {"version": "2"},
+    "a forward's code": lambda: changed_model(lambda m: setattr(m[2], "__class__", OtherCode)),
+    "a slope": lambda: changed_model(lambda m: m.__setitem__(3, nn.LeakyReLU(0.02))),
+    "a nested layer": lambda: changed_model(lambda m: m.__setitem__(3, nn.Sequential(nn.ReLU(), nn.ReLU()))),
+    "a buffer more": lambda: changed_model(lambda m: m[2].register_buffer("more", torch.ones(1))),
+    "the sign of a zero": lambda: changed_model(lambda m: m[1].running_mean.neg_()),
+    "the collate function": lambda: {"collate": larger_collate},
+    "the dataset's transform": lambda: {"data": Shifted(1.0)},
+    "its parameter": lambda: {"data": Shifted(2.0)},
+    "a sample more": lambda: longer(0),
+    "some samples twice": lambda: longer(3, 3, 3),
+    "labels of another dtype": other_labels,
 }
+
+
+def switched(name, monkeypatch):
+    """Changes of the process and not of the job."""
+    if name == "torch's release":
+        monkeypatch.setattr(torch, "__version__", "2.0.0")
+    else:
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+
+
+@pytest.mark.parametrize("name", ["torch's release", "the precision of products"])
+def test_a_change_of_how_rows_are_computed_is_a_miss(name, tmp_path, monkeypatch, caplog):
+    run(tmp_path)
+    with monkeypatch.context() as patch:
+        switched(name, patch)
+        assert run(tmp_path) == 40
+    assert "not reused" in caplog.text
+    assert run(tmp_path) == 0
+
+
+def test_changes_are_told_apart(tmp_path):
+    """Every one of them makes a file of its own: none is taken for another."""
+    assert len(CHANGES) >= 25
+    for name in CHANGES:
+        if name not in ("the boundary", "autocast"):
+            options = CHANGES[name]()
+            assert run(tmp_path, **options) == len(options.get("data", make_data())), name
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -25,7 +25,6 @@ import pytest
 import torch
 
 from cachefreeze.errors import (
-    CacheFreezeError,
     CorruptRowError,
     CorruptStoreError,
     StoreError,
@@ -40,6 +39,7 @@ from cachefreeze.stores.hdf5 import HDF5Store, read_header
 from cachefreeze.stores.header import encode
 from cachefreeze.stores.layout import HEADER_BYTES, metadata_sha256
 from cachefreeze.stores.locks import FileLock
+from cachefreeze.stores.sparse import SparseFile
 from cachefreeze.stores.system import System, system
 from cachefreeze.testing.stores import (
     ROWS,
@@ -63,8 +63,8 @@ def path(tmp_path):
     return tmp_path / "rows.h5"
 
 
-def create(path, spec=None, **attributes):
-    return HDF5Store.create(path, spec or every_kind(), fingerprint={"weights": "abc"}, attributes=attributes)
+def create(path, spec=None, io="mmap", **attributes):
+    return HDF5Store.create(path, spec or every_kind(), fingerprint={"weights": "abc"}, attributes=attributes, io=io)
 
 
 def fill(path, spec=None):
@@ -329,10 +329,40 @@ class TestReopen:
         assert HDF5Store.open(path).writable
 
     @pytest.mark.parametrize("bad", ["sometimes", "", None])
-    def test_verify_is_one_of_three(self, path, bad):
-        fill(path)
+    def test_choices(self, path, bad):
+        """Verify is one of three, io one of two; anything else is named before anything is opened or made."""
+        for make in (create, lambda path, **choice: HDF5Store.open(path, **choice)):
+            with pytest.raises(UsageError, match=r"io=.*'mmap', 'pread'"):
+                make(path, io=bad)
         with pytest.raises(UsageError, match="verify="):
             HDF5Store.open(path, verify=bad)
+        assert not list(path.parent.iterdir())
+
+    def test_pread_maps_nothing(self, path):
+        """With io="pread" no part of the file is in the address space; workers get it the same way."""
+        fill(path)
+        store = HDF5Store.open(path, io="pread")
+        copy = pickle.loads(pickle.dumps(store))
+        for one in (store, copy):
+            assert_same(one.read(EVERY), values(store.spec, EVERY))
+            assert one.verify() == []
+        assert str(path) not in Path("/proc/self/maps").read_text()
+        mapped = HDF5Store.open(path)
+        assert str(path) in Path("/proc/self/maps").read_text()
+        for one in (store, copy, mapped):
+            one.close()
+        assert str(path) not in Path("/proc/self/maps").read_text()
+
+    def test_a_shortened_file_is_an_error_with_pread(self, path):
+        """Where a map would end the process by a signal, pread raises and names the file."""
+        layout = fill(path)
+        store = HDF5Store.open(path, io="pread")
+        os.truncate(path, layout.commit_offset)
+        with pytest.raises(StoreError, match=rf"cannot read {path}: the file ends [\d,]+ bytes early"):
+            store.read(EVERY)
+        with pytest.raises(StoreError, match="bytes early"):
+            store.verify()
+        store.forget(rows_of(1))
 
 
 class TestDamage:
@@ -436,53 +466,6 @@ class TestDamage:
         store.write(rows_of(0), {"activation.0": odd})
         got = store.read(rows_of(0))["activation.0"]
         assert got.view(torch.uint8).tolist() == [[1, 0, 1]]
-
-    def test_malformed_headers(self, path):
-        """Whatever a header with a valid CRC says, opening raises this package's errors only, and soon."""
-        fill(path)
-        good = path.read_bytes()
-        length = struct.unpack_from("<I", good, 12)[0]
-        tree = json.loads(good[16 : 16 + length])
-        rng = random.Random(1)
-        odd = [None, True, -1, 0, 1, 1.5, 2**31, 2**32, 2**63, 2**70, 4096, 65536, "", "a", "commit", "float32", [], {},
-               [0], [1], [2**62] * 31, [1] * 32, {"a": 1}, {"a": "\ud800"}, "0" * 64, "\ud800"]  # fmt: skip
-
-        def mutate(tree):
-            where, key = tree, rng.choice(list(tree))
-            if key == "fields" and rng.random() < 0.8:
-                where = rng.choice(tree["fields"])
-                key = rng.choice(list(where))
-            kind = rng.random()
-            if kind < 0.7:
-                where[key] = rng.choice(odd)
-            elif kind < 0.8:
-                del where[key]
-            elif kind < 0.9:
-                where["more"] = 1
-            else:
-                tree["fields"] = tree["fields"] * rng.choice([0, 2, 100])
-
-        def use_all(path):
-            store = HDF5Store.open(path)
-            store.verify()
-            store.read(store.present(torch.arange(store.spec.rows)).nonzero()[:, 0])
-
-        texts = ["", "[" * 60_000, "{}", "null", "1" * 5000, '{"rows":NaN}', '{"rows":1,"rows":2}', '"\\ud800"', "\xff"]
-        for _ in range(250):
-            copy = json.loads(json.dumps(tree))
-            mutate(copy)
-            texts.append(json.dumps(copy))
-        for text in texts:
-            raw = text.encode("latin-1")[: 65532 - 16]
-            lengths = [len(raw)] * 3 + [rng.choice([0, len(raw) + 1, 65516, 65517, 2**32 - 1])]
-            block = (good[:12] + struct.pack("<I", rng.choice(lengths)) + raw).ljust(65532, b"\0")
-            with path.open("r+b") as file:
-                file.write(block + struct.pack("<I", zlib.crc32(block)))
-            for use in (read_header, use_all):
-                started = time.process_time()
-                with suppress(CacheFreezeError):  # another attribute or another dtype of that size is as good
-                    use(path)
-                assert time.process_time() - started < 0.5
 
     @pytest.mark.parametrize(
         ("lengths", "message"),
@@ -669,22 +652,6 @@ class TestCreation:
         assert in_child(work) == 0
         assert not list(path.parent.iterdir())
 
-    def test_full_disk(self, path):
-        """On a file system that is too small nothing is left, not even when its free bytes are misreported."""
-        if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=2m none {path.parent} 2>/dev/null"):
-            pytest.skip("cannot mount a small file system")
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("cachefreeze.stores.creation.free_bytes", lambda folder: 1 << 40)
-                with pytest.raises(StoreSpaceError):
-                    create(path, one_field((1 << 10,), rows=1 << 10))
-            assert not list(path.parent.iterdir())
-            with pytest.raises(StoreSpaceError, match="are free: free some space"):
-                create(path, one_field((1 << 10,), rows=1 << 10))
-            create(path, one_field()).close()
-        finally:
-            os.system(f"umount -l {path.parent}")
-
     @pytest.mark.parametrize("name", ["missing/rows.h5", "folder", "x" * 300 + ".h5"])
     def test_bad_paths(self, tmp_path, name):
         """A missing folder, a folder, a name that is too long: one line that names the path."""
@@ -742,40 +709,87 @@ class TestCreation:
         alive.release()
 
 
-class TestOneWriter:
-    def test_second_writer_reads(self, path):
-        """While one process writes, another opens the file read-only, without an error."""
-        writer = create(path)
-        writer.write(rows_of(1), values(writer.spec, rows_of(1)))
-        again = HDF5Store.open(path)
-        assert not again.writable
+class TestSharing:
+    def test_fillers_share_a_file(self, path):
+        """Whoever opens the file may fill it, and sees at once what others write."""
+        one = create(path)
+        two, reader = HDF5Store.open(path), HDF5Store.open(path, writable=False)
+        assert two.writable
+        one.write(rows_of(1), values(one.spec, rows_of(1)))
+        two.write(rows_of(2), values(one.spec, rows_of(2)))
+        for store in (one, two, reader):
+            assert store.present(rows_of(1, 2, 3)).tolist() == [True, True, False]
+            assert_same(store.read(rows_of(2, 1)), values(store.spec, rows_of(2, 1)))
+        with pytest.raises(StoreError, match="exists"):
+            create(path)
 
-        def work():
-            other = HDF5Store.open(path)
-            assert not other.writable
-            assert_same(other.read(rows_of(1)), values(other.spec, rows_of(1)))
-            with pytest.raises(StoreError, match="read-only"):
-                other.write(rows_of(2), values(other.spec, rows_of(2)))
-            with pytest.raises(StoreError, match="exists"):
-                create(path)
+    def test_a_row_is_claimed_once(self, path):
+        """Of two fillers one gets a row; the other learns that it is taken, and later that it is there."""
+        one, two = create(path), HDF5Store.open(path)
+        assert one.claim(rows_of(3, 4, 4, 9)).tolist() == [True] * 4
+        assert one.claim(rows_of(4)).tolist() == [True]  # still
+        assert two.claim(rows_of(2, 3, 4, 5, 9)).tolist() == [True, False, False, True, False]
+        one.write(rows_of(4), values(one.spec, rows_of(4)))
+        one.release(rows_of(3, 3, 7))
+        assert two.claim(rows_of(3, 4, 9)).tolist() == [True, False, False]
+        assert two.present(rows_of(3, 4, 9)).tolist() == [False, True, False]
+        one.close()
+        assert two.claim(rows_of(9)).tolist() == [True]
+        with pytest.raises(StoreError, match="read-only"):
+            HDF5Store.open(path, writable=False).claim(rows_of(0))
 
-        assert in_child(work) == 0
-        writer.write(rows_of(2), values(writer.spec, rows_of(2)))
-        writer.close()
-        assert HDF5Store.open(path).writable
+    def test_a_row_written_while_it_is_claimed(self, path, monkeypatch):
+        """A row that another filler finishes between a look and the lock is not computed again."""
+        one, two = create(path), HDF5Store.open(path)
+        lock = System.lock
 
-    def test_lock_dies_with_its_holder(self, path):
-        """After kill -9 of the writer the next one writes; there are no stale locks."""
+        def late(self, *args, **kwargs):
+            monkeypatch.undo()
+            one.write(rows_of(3), values(one.spec, rows_of(3)))
+            return lock(self, *args, **kwargs)
+
+        monkeypatch.setattr(System, "lock", late)
+        assert two.claim(rows_of(2, 3)).tolist() == [True, False]
+        assert one.claim(rows_of(2)).tolist() == [False]
+        one.forget(rows_of(3))
+        assert one.claim(rows_of(3)).tolist() == [True]  # and two has let go of it
+
+    def test_a_failed_write_gives_up_its_claim(self, path, monkeypatch):
+        """When one filler's disk fails, another may try."""
+        one, two = create(path), HDF5Store.open(path)
+        one.claim(rows_of(3))
+        monkeypatch.setattr(system, "pwrite", lambda fd, data, offset: 0)
+        with pytest.raises(StoreError, match="took no bytes"):
+            one.write(rows_of(3), values(one.spec, rows_of(3)))
+        assert two.claim(rows_of(3)).tolist() == [True]
+
+    def test_forgotten_rows_stay_absent(self, path):
+        """A row that was forgotten here is not found again in the table, until somebody here writes it."""
+        store = create(path)
+        store.write(rows_of(3), values(store.spec, rows_of(3)))
+        store.forget(rows_of(3))
+        assert store.present(rows_of(3)).tolist() == [False]
+        assert HDF5Store.open(path).present(rows_of(3)).tolist() == [True]
+        store.write(rows_of(3), values(store.spec, rows_of(3)))
+        assert store.present(rows_of(3)).tolist() == [True]
+
+    def test_locks_die_with_their_holder(self, path):
+        """After kill -9 of a filler its rows are anybody's; there are no stale locks."""
         fill(path)
 
         def work(ready):
             store = HDF5Store.open(path)
-            assert store.writable
+            store.forget(rows_of(1, 2))
+            assert store.claim(rows_of(1, 2)).all()
             ready()
             signal.pause()
 
+        store = HDF5Store.open(path)
+        store.forget(rows_of(1, 2))
         start_and_kill(work, 0)
-        assert HDF5Store.open(path).writable
+        assert store.claim(rows_of(1, 2)).all()
+        store.close()
+        assert FileLock.take(lock_path(path), 0) is not None
 
     def test_forked_child(self, path):
         """A forked child reads on, cannot write, and keeps no lock once the parent closes."""
@@ -799,7 +813,7 @@ class TestOneWriter:
             assert store.writable
             store.write(rows_of(0), values(store.spec, rows_of(0)))
             store._handles.lock.after_fork_in_child()  # as a kill would: closed, and nothing unlocked by hand
-            assert HDF5Store.open(path).writable
+            assert FileLock.take(lock_path(path), 0) is not None
         finally:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -809,8 +823,15 @@ class TestOneWriter:
     def test_child_closing_leaves_the_parents_lock(self, path):
         """What a forked child closes was never its own."""
         store = create(path)
-        assert in_child(store.close) == 0
-        assert not HDF5Store.open(path).writable
+        store.claim(rows_of(3))
+
+        def work():
+            store.release(rows_of(3))
+            store.close()
+
+        assert in_child(work) == 0
+        assert FileLock.take(lock_path(path), 0) is None
+        assert HDF5Store.open(path).claim(rows_of(3, 4)).tolist() == [False, True]
 
     def test_pickle_reopens_read_only(self, path):
         """A worker process gets the store read-only, under spawn as under fork."""
@@ -860,62 +881,6 @@ def _read_in_worker(store):
 
 
 class TestFilling:
-    def test_killed_while_filling(self, path):
-        """Kill -9 at any instant: the file opens, acknowledged rows are there, and no row is wrong."""
-        spec = StoreSpec(
-            rows=400,
-            fields=(
-                FieldSpec(name="activation.0", shape=(700,), dtype=torch.float32),
-                FieldSpec(name="field.1", shape=(), dtype=torch.int64),
-            ),
-        )
-        create(path, spec).close()
-        data = values(spec, torch.arange(400))
-        batches = [rows for seed in range(25) for rows in self._orders(seed)]
-        rng = random.Random(0)
-        acknowledged_rows, killed_in_the_middle = 0, 0
-        window_seconds = 0.02  # follows the machine: kills are to fall within the fill, however long that takes
-        for turn in range(25):
-            receiver, sender = os.pipe()
-
-            def work(ready, turn=turn, sender=sender):
-                store = HDF5Store.open(path)
-                assert store.writable
-                ready()
-                for rows in batches[50 * turn : 50 * turn + 50]:
-                    store.write(rows, {name: tensor[rows] for name, tensor in data.items()})
-                    os.write(sender, struct.pack("<8i", *rows.tolist()))
-
-            start_and_kill(work, rng.uniform(0, window_seconds))
-            os.close(sender)
-            with os.fdopen(receiver, "rb") as pipe:
-                rows = torch.tensor(np.frombuffer(pipe.read(), "<i4").astype(np.int64))
-            window_seconds *= 0.7 if len(rows) == 400 else 1.2
-            acknowledged_rows += len(rows)
-            killed_in_the_middle += 0 < len(rows) < 400
-            store = HDF5Store.open(path)
-            assert store.writable
-            assert store.present(rows).all()
-            torn = {bad.row for bad in store.verify()}
-            assert not torn & set(rows.tolist())
-            present = store.present(torch.arange(400)).nonzero()[:, 0].tolist()
-            whole = torch.tensor([row for row in present if row not in torn], dtype=torch.int64)
-            assert_same(store.read(whole), {name: tensor[whole] for name, tensor in data.items()})
-            store.close()
-            if turn % 5 == 4:  # begin again: a file that is full has no instants left that differ
-                path.unlink()
-                create(path, spec).close()
-        assert acknowledged_rows > 400  # or the machine was too slow for this test to say anything
-        assert killed_in_the_middle > 5
-
-    @staticmethod
-    def _orders(seed):
-        """The 400 rows in 50 batches of 8: shuffled singly, or as shuffled runs, which are written as one."""
-        generator = torch.Generator().manual_seed(seed)
-        if seed % 2:
-            return torch.randperm(400, generator=generator).split(8)
-        return torch.arange(400).reshape(50, 8)[torch.randperm(50, generator=generator)].unbind()
-
     def test_record_follows_data(self, path, monkeypatch):
         """A row that is rewritten is absent on disk from before its first changed byte until after its last."""
         layout = fill(path)
@@ -1021,9 +986,14 @@ class TestFilling:
         assert len(calls) == 3
 
     def test_failed_sync(self, path, monkeypatch):
-        """After a failed fsync the kernel may have dropped pages: rows are judged by checksum again."""
+        """After a failed fsync the kernel may have dropped pages, and the next one succeeds without them.
+
+        Rows since the last good one are absent until written again; the others are judged by checksum again.
+        """
         store = create(path, one_field())
-        store.write(EVERY, values(store.spec, EVERY))
+        store.write(rows_of(0, 1), values(store.spec, rows_of(0, 1)))
+        store.commit()
+        store.write(rows_of(*range(2, ROWS)), values(store.spec, rows_of(*range(2, ROWS))))
 
         def fdatasync(fd):
             raise OSError(errno.EIO, "lost")
@@ -1031,9 +1001,15 @@ class TestFilling:
         monkeypatch.setattr(system, "fdatasync", fdatasync)
         with pytest.raises(StoreError, match="lost"):
             store.commit()
-        flip(path, layout_of(path).offsets["activation.0"] + 24 * 2)  # the page that was dropped
+        assert store.present(EVERY).tolist() == [True, True, *[False] * (ROWS - 2)]
+        assert HDF5Store.open(path).present(EVERY).all()
+        flip(path, layout_of(path).offsets["activation.0"] + 24)  # by the same token
         with pytest.raises(CorruptRowError):
-            store.read(rows_of(2))
+            store.read(rows_of(0, 1))
+        monkeypatch.undo()
+        store.write(rows_of(*range(1, ROWS)), values(store.spec, rows_of(*range(1, ROWS))))
+        store.commit()
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
 
     def test_portable_allocation(self, path, monkeypatch):
         """Without posix_fallocate the blocks are reserved all the same, by writing them."""
@@ -1044,11 +1020,205 @@ class TestFilling:
 
 
 def test_flock_where_there_are_no_ofd_locks(path, monkeypatch):
-    """Without open-file-description locks flock keeps the second writer out."""
+    """Without open-file-description locks one process fills the file, and claims what it likes."""
     monkeypatch.delattr("fcntl.F_OFD_SETLK")
     store = create(path)
+    assert store.claim(rows_of(1)).all()
+    store.write(rows_of(1), values(store.spec, rows_of(1)))
     assert not HDF5Store.open(path).writable
     assert in_child(lambda: store.close()) == 0
     assert not HDF5Store.open(path).writable
     store.close()
     assert HDF5Store.open(path).writable
+
+
+class TestEdges:
+    """What few machines and few moments show."""
+
+    def test_create_while_another_creates(self, path):
+        """Two creators of one name: the second is told, and leaves the first alone."""
+        creator = FileLock.take(lock_path(path), os.O_CREAT)
+        with pytest.raises(StoreError, match="another process is creating or removing"):
+            create(path)
+        creator.release(unlink=True)
+        create(path).close()
+
+    def test_a_sweeper_takes_a_temporary(self, path, monkeypatch):
+        """A temporary that a sweeper locks between its creation and its lock costs another name and no more."""
+        lock, swept = System.lock, []
+
+        def late(self, fd, *args, **options):
+            locked = Path(f"/proc/self/fd/{fd}").readlink()
+            if locked.suffix == ".tmp" and not swept:
+                swept.append(locked)
+                locked.unlink()
+            return lock(self, fd, *args, **options)
+
+        monkeypatch.setattr(System, "lock", late)
+        create(path).close()
+        assert swept
+        assert sorted(found.name for found in path.parent.iterdir()) == ["rows.h5", "rows.h5.lock"]
+
+    def test_removed_between_open_and_lock(self, path, monkeypatch):
+        """Whoever opens a file that is being removed is told, and leaves no lock behind."""
+        fill(path)
+        take = FileLock.take
+
+        def late(*args, **options):
+            path.unlink(missing_ok=True)
+            return take(*args, **options)
+
+        monkeypatch.setattr(FileLock, "take", late)
+        with pytest.raises(StoreError, match="removed while it was being opened"):
+            HDF5Store.open(path)
+        assert not list(path.parent.iterdir())
+
+    def test_the_lock_file_is_replaced_meanwhile(self, path, monkeypatch):
+        """A lock on a file that has lost its name is no lock: it is taken again."""
+        fill(path)
+        lock, unlinked = System.lock, []
+
+        def late(self, *args, **options):
+            if not unlinked:
+                lock_path(path).unlink()
+                unlinked.append(1)
+            return lock(self, *args, **options)
+
+        monkeypatch.setattr(System, "lock", late)
+        store = HDF5Store.open(path)
+        assert store.writable
+        assert FileLock.take(lock_path(path), 0) is None
+
+    @pytest.mark.parametrize("step", ["Mapped", "FileLock"])
+    def test_opening_fails_late(self, path, monkeypatch, step):
+        """A map that is refused, or a file system without locks: one clear error, no descriptor and no lock left."""
+        fill(path)
+
+        def refuse(*_, **__):
+            raise OSError(errno.ENOMEM if step == "Mapped" else errno.ENOLCK, "refused")
+
+        if step == "Mapped":
+            monkeypatch.setattr("cachefreeze.stores.source.mmap.mmap", refuse)
+        else:
+            monkeypatch.setattr(System, "lock", refuse)
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        with pytest.raises(StoreError, match=rf"cannot (read|lock) {path}: refused"):
+            HDF5Store.open(path)
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        with pytest.raises(StoreError, match="refused"):
+            create(path.with_name("new.h5"))
+        monkeypatch.undo()
+        assert not path.with_name("new.h5").exists()
+        assert FileLock.take(lock_path(path), 0) is not None
+
+    def test_a_folder_that_takes_no_lock(self, path, monkeypatch):
+        """A file that may be written in a folder that may not is read, without an error."""
+        fill(path)
+        lock_path(path).unlink()
+        real = System.open
+
+        def refuse(self, path, flags):
+            if flags & os.O_CREAT:
+                raise OSError(errno.EROFS, "read-only")
+            return real(self, path, flags)
+
+        monkeypatch.setattr(System, "open", refuse)
+        store = HDF5Store.open(path)
+        assert not store.writable
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
+        monkeypatch.setattr("cachefreeze.stores.source.mmap.mmap", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            HDF5Store.open(path)
+
+    def test_a_lock_that_the_system_refuses(self, path):
+        """Only a lock that another holds is reported as such; any other refusal is an error."""
+        path.touch()
+        with path.open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+            system.lock(file.fileno(), 0, 1)
+
+    def test_creation_fails_late(self, path, monkeypatch):
+        """A file that was made and cannot be opened is not left behind, nor is its lock."""
+        monkeypatch.setattr("cachefreeze.stores.source.mmap.mmap", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            create(path)
+        assert not list(path.parent.iterdir())
+
+    def test_file_systems_without_reservation(self, path, monkeypatch):
+        """Where the blocks cannot be reserved they are written; where that fails for another reason it is an error."""
+
+        def refuse(fd, offset, size):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        code = errno.EOPNOTSUPP
+        create(path).close()
+        assert path.stat().st_blocks * 512 >= path.stat().st_size - 4096
+        code = errno.EIO
+        with pytest.raises(StoreError, match="Input/output error"):
+            create(path.with_name("more.h5"))
+
+    @pytest.mark.parametrize("where", ["byteorder", "pwrite"])
+    def test_other_platforms(self, path, monkeypatch, where):
+        """Big-endian machines and systems without pwrite are refused by name, with what to use there."""
+        if where == "byteorder":
+            monkeypatch.setattr(hdf5.sys, "byteorder", "big")
+        else:
+            monkeypatch.delattr(os, "pwrite")
+        for call in (create, HDF5Store.open):
+            with pytest.raises(StoreError, match="little-endian POSIX system; use store='host'"):
+                call(path)
+
+    def test_free_space_that_nobody_knows(self, path, monkeypatch):
+        """The error for a full disk does not depend on the disk's answering."""
+
+        def refuse(_):
+            raise OSError(errno.EIO, "no answer")
+
+        monkeypatch.setattr("cachefreeze.stores.creation.free_bytes", lambda _: 1 << 40)
+        monkeypatch.setattr("cachefreeze.stores.system.free_bytes", refuse)
+        monkeypatch.setattr(System, "fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(StoreSpaceError, match="0 are free"):
+            create(path)
+
+    def test_libhdf5_that_does_not_align(self, path, monkeypatch):
+        """A libhdf5 that places data elsewhere than asked is found out before anything is written."""
+        real = h5py.File
+        monkeypatch.setattr(h5py, "File", lambda *args, **options: real(*args, **options | {"alignment_interval": 1}))
+        with pytest.raises(StoreError, match="libhdf5 placed datasets at"):
+            create(path)
+        assert not list(path.parent.iterdir())
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (one_field((1,), rows=2**32 - 1), "at most 4,294,967,294 rows"),
+            (one_field((1,) * 32), "32 dimensions, at most 31"),
+            (StoreSpec(rows=1, fields=one_field().fields * 257), "."),
+            (
+                StoreSpec(
+                    rows=1,
+                    fields=tuple(FieldSpec(name=f"f{at}", shape=(), dtype=torch.uint8) for at in range(257)),
+                ),
+                "257 fields: a cache file holds at most 256",
+            ),
+        ],
+        ids=["rows", "dimensions", "names", "fields"],
+    )
+    def test_beyond_the_format(self, path, spec, message):
+        with pytest.raises(StoreError, match=message):
+            create(path, spec)
+        assert not list(path.parent.iterdir())
+
+
+def test_sparse_file():
+    """It behaves as a file of zeros in which only what was written takes memory."""
+    file = SparseFile()
+    assert (file.readable(), file.writable(), file.seekable()) == (True, True, True)
+    assert file.seek(1 << 40) == file.tell() == 1 << 40
+    assert file.write(b"abc") == 3
+    assert file.seek(-5, os.SEEK_END) == (1 << 40) - 2
+    assert file.read(6) == b"\0\0abc\0"
+    assert file.seek(-1, os.SEEK_CUR) == (1 << 40) + 3
+    assert file.truncate() == file.size == (1 << 40) + 3
+    assert file.truncate(7) == 7
+    assert len(file.pages) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -108,26 +110,89 @@ sys.stdin.read()
 """
 
 
-def test_a_second_writer_trains_without_writing(tmp_path):
-    """Its rows are right, nothing of them is kept, and the first writer is not disturbed."""
+def test_a_second_process_fills_on(tmp_path):
+    """It takes the rows that are there, adds the others, and the first process finds them."""
     code = textwrap.dedent(HOLDER).format(path=[str(p) for p in sys.path], folder=tmp_path)
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline().strip() == b"holding"
         manager = make_manager(f"hdf5:{tmp_path}")
-        plain = make_data().tensors[0]
-        for workers in (0, 2):
-            loader = manager.loader(DataLoader(make_data(), 16, shuffle=True, num_workers=workers), name="train")
-            assert not manager.info()["train"]["writable"]
-            for _ in range(2):
-                found = torch.cat([rows.tensors[0] for rows, _ in loader])
-                assert loader.source == "frozen"
-                expected = manager.parts.prefix(plain)
-                assert sorted(found.tolist()) == sorted(expected.tolist())
-                assert (loader.counts.cached, loader.counts.computed) == (8, 32)
-        with pytest.raises(UsageError, match="another process"):
-            manager.fill(loader)
+        loader = manager.loader(DataLoader(make_data(), 16, shuffle=True), name="train")
+        found = torch.cat([rows.tensors[0] for rows, _ in loader])
+        assert sorted(found.tolist()) == sorted(manager.parts.prefix(make_data().tensors[0]).tolist())
+        assert (loader.source, loader.counts.cached, loader.counts.computed) == ("fill", 8, 32)
         holder.stdin.close()
-        holder.wait()
+        assert holder.wait() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_processes_share_a_fill(tmp_path):
+    """Three fillers started together compute every row once between them, and all find the store full."""
+    go, started = os.pipe()
+    counts, counted = os.pipe()
+    children = []
+    for _ in range(3):
+        if (pid := os.fork()) == 0:
+            try:
+                torch.set_num_threads(1)  # the parent's thread pool does not exist here
+                manager = make_manager(f"hdf5:{tmp_path}")
+                loader = manager.loader(DataLoader(make_data(400), 4))
+                os.read(go, 1)
+                os.write(counted, struct.pack("<i", manager.fill(loader).computed_rows))
+            finally:
+                os._exit(0)
+        children.append(pid)
+    os.write(started, b"...")
+    assert sum(struct.unpack("<i", os.read(counts, 4))[0] for _ in children) == 400
+    for pid in children:
+        os.waitpid(pid, 0)
+    for fd in (go, started, counts, counted):
+        os.close(fd)
+    manager = make_manager(f"hdf5:{tmp_path}")
+    assert manager.fill(manager.loader(DataLoader(make_data(400), 4))).computed_rows == 0
+    assert manager.verify() == {"train": []}
+
+
+def test_rows_that_another_filler_has_claimed_are_used_and_not_kept(tmp_path):
+    """A pass does not wait for a row that another process is computing, and does not write it."""
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(make_data(), 16))
+    other = cf.HDF5Store.open(next(tmp_path.glob("*.h5")))
+    assert other.claim(torch.arange(10, 30)).all()
+    found = torch.cat([rows.tensors[0] for rows, _ in loader])
+    assert torch.equal(found, manager.parts.prefix(make_data().tensors[0]))
+    assert loader.counts.computed == 40
+    assert other.present(torch.arange(40)).tolist() == [not 10 <= row < 30 for row in range(40)]
+    other.close()
+    assert manager.fill(loader).computed_rows == 20
+
+
+def test_a_failing_prefix_gives_up_its_rows(tmp_path, monkeypatch):
+    """What one process cannot compute another may try."""
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(make_data(), 16))
+    monkeypatch.setattr(type(loader.rows.prefix), "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
+    assert cf.HDF5Store.open(next(tmp_path.glob("*.h5"))).claim(torch.arange(40)).all()
+
+
+def test_a_read_only_store_trains_without_writing(tmp_path):
+    """Its rows are right, nothing of them is kept, and filling it is refused."""
+    manager = make_manager(f"hdf5:{tmp_path}")
+    next(iter(manager.loader(DataLoader(make_data(), 8))))
+    manager.close()
+    plain = make_data().tensors[0]
+    for workers in (0, 2):
+        manager = make_manager(cf.HDF5Store.open(next(tmp_path.glob("*.h5")), writable=False))
+        loader = manager.loader(DataLoader(make_data(), 16, shuffle=True, num_workers=workers), name="train")
+        assert not manager.info()["train"]["writable"]
+        for _ in range(2):
+            found = torch.cat([rows.tensors[0] for rows, _ in loader])
+            assert loader.source == "frozen"
+            assert sorted(found.tolist()) == sorted(manager.parts.prefix(plain).tolist())
+            assert (loader.counts.cached, loader.counts.computed) == (8, 32)
+        with pytest.raises(UsageError, match="cannot be written by this process"):
+            manager.fill(loader)
     manager.close()
     manager = make_manager(f"hdf5:{tmp_path}")
     assert manager.loader(DataLoader(make_data(), 16)) is not None

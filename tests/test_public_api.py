@@ -54,7 +54,7 @@ def test_command_line_options():
         "fill": JOB,
         "info": [],
         "verify": [],
-        "clean": [],
+        "clean": ["--dry-run", "--older-than", "--max-bytes"],
     }
 
 

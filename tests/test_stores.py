@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cachefreeze.errors import StoreError, StoreSpaceError, UsageError
 from cachefreeze.stores import memory
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
+from cachefreeze.stores.codec import stored_dtype
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore
 from cachefreeze.stores.ragged import Lengths
@@ -70,6 +71,12 @@ class TestHDF5Store(StoreTests):
     @pytest.fixture
     def make(self, tmp_path):
         return lambda spec: HDF5Store.create(tmp_path / "rows.h5", spec, fingerprint={"weights": "abc"})
+
+
+class TestHDF5StoreByPread(StoreTests):
+    @pytest.fixture
+    def make(self, tmp_path):
+        return lambda spec: HDF5Store.create(tmp_path / "rows.h5", spec, fingerprint={"weights": "abc"}, io="pread")
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -152,10 +159,10 @@ class HDF5Machine(StoreMachine):
         if row in self.model:
             self.forgotten[row] = self.model.pop(row)
 
-    @rule(verify=st.sampled_from(["first", "always", "never"]))
-    def reopen(self, verify):
+    @rule(verify=st.sampled_from(["first", "always", "never"]), io=st.sampled_from(["mmap", "pread"]))
+    def reopen(self, verify, io):
         self.store.close()
-        self.store = HDF5Store.open(self.path, verify=verify)
+        self.store = HDF5Store.open(self.path, verify=verify, io=io)
         assert self.store.writable
         self.model = self.forgotten | self.model
         self.forgotten = {}
@@ -196,6 +203,13 @@ class TestMemory:
         make(one_field((1,), torch.uint8, rows=2048))
         with pytest.raises(StoreSpaceError, match="2,048 are free"):
             make(one_field((1,), torch.uint8, rows=2049))
+
+
+def test_a_device_that_does_not_say_what_is_free():
+    """Its allocator decides; its pages are its own affair."""
+    store = DeviceStore(one_field(), "meta")
+    assert store.device.type == "meta"
+    assert memory.free_device_bytes(store.device) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinning works with CUDA")
@@ -288,3 +302,13 @@ def test_ragged_rows_take_their_own_length(make):
     store = make(one_ragged((1000,)))
     kept = sum(tensor.numel() * tensor.element_size() for tensor in store._data.values())
     assert kept == store.nbytes + 4000 == (sum(lengths_of()) + 1) * 4000
+
+
+@pytest.mark.parametrize("wanted", ["int8", "double", torch.int8, torch.float64])
+def test_rows_are_kept_in_few_dtypes(wanted):
+    """Anything but the three that rows may be narrowed to is named, as a string or a dtype."""
+    with pytest.raises(UsageError, match="expected one of auto, float32, float16, bfloat16"):
+        stored_dtype(torch.float32, wanted)
+    assert stored_dtype(torch.float32, torch.bfloat16) == stored_dtype(torch.float32, "bfloat16") == torch.bfloat16
+    assert stored_dtype(torch.int64, "float16") == torch.int64
+    assert stored_dtype(torch.float16, "float32") == torch.float16

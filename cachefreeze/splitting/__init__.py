@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
-from cachefreeze.freezing import boundary_event, boundary_of, is_locked, runs_before
-from cachefreeze.isolation import eval_mode, plain_attention, preserved_random_state
+from cachefreeze.flops import count_flops
+from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
+from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
+from cachefreeze.splitting.costs import blocks
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
+from cachefreeze.splitting.planner import check_reads
 from cachefreeze.splitting.replay_executor import ReplayExecutor
+from cachefreeze.splitting.segment import make_segment
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
-__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "split", "split_padded"]
+__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "split", "split_padded"]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
@@ -39,6 +42,8 @@ class Parts:
         boundary: Name of the first trainable block, and the tensors that cross.
         executor: Which executor made the cut.
         cached_fraction: Share of the forward's FLOPs that the cache removes, 0 to 1.
+        origin: Where the model was cut, and the inputs that the split was verified with.
+        frozen_after: Names of frozen parameters that lie behind trainable ones, so that the cache spares them nothing.
         inputs: Names of the leaves of the model's inputs, where samples have different lengths.
     """
 
@@ -48,6 +53,9 @@ class Parts:
     boundary: Boundary
     executor: str
     cached_fraction: float
+    frozen_after: tuple[str, ...]
+    origin: tuple[Site, Example] = field(repr=False)
+    _before: tuple[str, ...] = field(repr=False)
     inputs: tuple[str, ...] = ()
 
     @property
@@ -60,18 +68,41 @@ class Parts:
 
         Raises:
             StaleCacheError: A module was replaced after the split.
+            FreezeError: What runs before the boundary is in train mode, which rows cannot follow.
         """
+        _check_modes(self.model, self._before, self.boundary.name)
         follow = getattr(self.suffix, "follow", None)
         if follow is not None:
             follow()
+
+    def segment_to(self, deeper: Parts) -> nn.Module:
+        """What turns rows here into rows at a deeper boundary of the same model, verified likewise.
+
+        Args:
+            deeper: ``split(model, example_inputs, train_from=…)`` at the deeper boundary.
+
+        Returns:
+            A module: one tensor per tensor of this boundary -> what ``deeper.prefix`` returns. It runs in eval mode
+            without gradients, and may write into the rows it is given.
+
+        Raises:
+            SplitError: ``deeper`` is not deeper, or of another model, or needs what rows here do not hold.
+        """
+        return make_segment(self, deeper)
 
     def __repr__(self) -> str:
         tensors = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self.boundary.tensors)
         return (
             f"Parts({type(self.model).__name__} at {self.boundary.name!r}: {tensors}, "
             f"{self.boundary.bytes_per_sample:,} bytes a sample, {self.cached_fraction:.0%} of the forward cached, "
-            f"{self.executor})"
+            f"{self.executor}{self._after})"
         )
+
+    @property
+    def _after(self) -> str:
+        if not self.frozen_after:
+            return ""
+        return f"; {len(self.frozen_after)} frozen parameters lie after trainable ones: {self.frozen_after[0]!r}, …"
 
 
 def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) -> Parts:
@@ -96,11 +127,12 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
         try:
             cut = executor.cut(site, example)
             verify(cut, site, example)
+            check_reads(site, example)
         except SplitError as error:
             reasons.append(str(error))
             continue
-        return _parts(cut, site, example, executor.name)
-    raise SplitError("; ".join(reasons))
+        return _parts(cut, site, example, executor.name, by_flags=train_from is None)
+    raise SplitError("; ".join(dict.fromkeys(reasons)))
 
 
 def split_padded(
@@ -124,8 +156,9 @@ def split_padded(
     executor = ReplayExecutor()
     cut = executor.cut(site, example, batches[1][0].example)
     verify(cut, site, example)
+    check_reads(site, example)
     verify_padded(cut, site, batches)
-    return replace(_parts(cut, site, example, executor.name), inputs=inputs)
+    return replace(_parts(cut, site, example, executor.name, by_flags=True), inputs=inputs)
 
 
 def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
@@ -142,43 +175,65 @@ def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> t
             f"nothing of {type(model).__name__} is frozen before its first trainable block, so there is nothing to "
             "cache; freeze first: cf.freeze(model, train_from=…)"
         )
-    site = _site(model, name, usage)
+    site = _site(model, name, usage, train_from is None)
     if train_from is None:
-        _check_modes(site)
+        _check_modes(model, site.before, name)
+    _check_trainable(site)
     return site, example
 
 
-def _parts(cut: Cut, site: Site, example: Example, executor: str) -> Parts:
+def _parts(cut: Cut, site: Site, example: Example, executor: str, *, by_flags: bool) -> Parts:
+    model = site.model
     boundary = Boundary(name=site.name, tensors=cut.tensors)
-    fraction = _cached_fraction(cut, site.model, example)
-    return Parts(site.model, cut.prefix, cut.suffix, boundary, executor, fraction)
+    fraction = _cached_fraction(cut, model, example)
+    after = tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen)
+    held = site.before if by_flags else ()
+    return Parts(model, cut.prefix, cut.suffix, boundary, executor, fraction, after, (site, example), held)
 
 
-def _site(model: nn.Module, name: str, usage: Usage) -> Site:
+def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
     event = boundary_event(model, name, usage)
+    if by_flags:  # a trainable parameter outside every block may be used before the boundary is called
+        trainable = (e for n, e in usage.parameters.items() if model.get_parameter(n).requires_grad)
+        event = min([event, *trainable])
     frozen = frozenset(n for n, used in usage.parameters.items() if used < event)
     return Site(model, name, event, usage, tuple(runs_before(model, usage, event)), frozen)
 
 
-def _check_modes(site: Site) -> None:
+def _check_trainable(site: Site) -> None:
+    """A tied weight is frozen with its first use, which may leave nothing to train."""
+    model = site.model
+    if any(p.requires_grad and n not in site.frozen for n, p in model.named_parameters() if n in site.usage.parameters):
+        return
+    owned = {id(p) for p in model.get_submodule(site.name).parameters()}
+    tied = next((n for n, p in model.named_parameters() if id(p) in owned and n in site.frozen), None)
+    why = f": it is tied to {tied!r}, which is used before it" if tied else ""
+    raise FreezeError(
+        f"nothing of {type(model).__name__} is left to train from {site.name!r} on{why}. "
+        f"{block_list(model, site.usage)} Train from an earlier one"
+    )
+
+
+def _check_modes(model: nn.Module, before: tuple[str, ...], boundary: str) -> None:
     """Flags set by hand freeze no statistics and no dropout: say so rather than cache something else."""
-    for name in site.before:
-        module = site.model.get_submodule(name)
-        above = [site.model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
+    for name in before:
+        module = model.get_submodule(name)
+        above = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
         if module.training and is_stochastic(module) and not any(is_locked(m) for m in (module, *above)):
             raise FreezeError(
-                f"{name!r} ({type(module).__name__}) runs before the boundary {site.name!r} and is in train mode: "
+                f"{name!r} ({type(module).__name__}) runs before the boundary {boundary!r} and is in train mode: "
                 "requires_grad=False alone freezes neither batch statistics nor dropout. Use "
-                f"cf.freeze(model, train_from={site.name!r})"
+                f"cf.freeze(model, train_from={boundary!r})"
             )
 
 
 def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
+    """What the suffix does not do again, of all that the model does."""
     some = example.take([0, 1])
-    with preserved_random_state(), eval_mode(model), torch.no_grad(), plain_attention():
-        with FlopCounterMode(display=False) as whole:
+    with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
+        made = some.fresh().call(cut.prefix)
+        with count_flops() as whole:
             some.fresh().call(model)
-        with FlopCounterMode(display=False) as before:
-            some.call(cut.prefix)
-    total = whole.get_total_flops()
-    return before.get_total_flops() / total if total else 0.0
+        with count_flops() as after:
+            cut.suffix(*(made if isinstance(made, tuple) else (made,)))
+    return max(0.0, 1 - after.total / whole.total) if whole.total else 0.0

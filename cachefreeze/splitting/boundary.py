@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefreeze.isolation import preserved_modes
-from cachefreeze.tracing import Example, Usage
+from cachefreeze.tracing import Call, Example, Usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class BoundaryTensor:
         batch_dim: Where the batch dimension is in the tensor that the suffix takes.
         layout: Dimensions of the batched tensor from the slowest to the fastest in memory, so that channels_last
             comes back as it was made.
+        folded: How many neighbouring entries of the batch dimension a sample owns, where the model folds another one
+            into it (the frames of a video): the first of ``shape`` from ``batch_dim`` on. 0 where it does not.
         input: Which leaf of the model's inputs it is, if it is one; known where samples have different lengths.
         follows: (dimension of the batched tensor, leaf of the model's inputs, dimension of that leaf) for every
             dimension that is as long as the batch is padded.
@@ -34,6 +36,7 @@ class BoundaryTensor:
     dtype: torch.dtype
     batch_dim: int
     layout: tuple[int, ...]
+    folded: int = 0
     input: int | None = None
     follows: tuple[tuple[int, int, int], ...] = ()
 
@@ -52,6 +55,24 @@ class BoundaryTensor:
             layout = tuple(sorted(dims, key=lambda d: (-tensor.stride()[d], d)))
         shape = tuple(size for d, size in enumerate(tensor.shape) if d != batch_dim)
         return cls(shape=shape, dtype=tensor.dtype, batch_dim=batch_dim, layout=layout)
+
+    @classmethod
+    def at(cls, tensor: Tensor, batch_dim: int, at_two: int, at_three: int) -> BoundaryTensor | None:
+        """Describe a tensor of two samples whose size is ``at_three`` for three; None where that is no batch."""
+        folded, rest = divmod(at_two, 2)
+        if rest or not folded or at_three != 3 * folded:
+            return None
+        if folded == 1:
+            return cls.of(tensor, batch_dim)
+        return replace(cls.of(torch.unflatten(tensor, batch_dim, (2, folded)), batch_dim), folded=folded)
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """A tensor as the model makes it -> one entry of the batch dimension per sample."""
+        return torch.unflatten(tensor, self.batch_dim, (-1, self.folded)) if self.folded else tensor
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`unfold`."""
+        return tensor.flatten(self.batch_dim, self.batch_dim + 1) if self.folded else tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +118,23 @@ class Site:
     frozen: frozenset[str]
 
     @property
+    def first_call(self) -> Call | None:
+        """The boundary's first call, or that of what it holds; None where its weights are used without a call."""
+        return self.usage.first_call_of(self.model, self.name)
+
+    @property
     def known_as(self) -> str:
-        """The boundary's name in a recording, where a shared module has its first name."""
-        module = self.model.get_submodule(self.name)
-        names: dict[int, str] = {id(other): name for name, other in self.model.named_modules()}
-        return names[id(module)]
+        """The name of the module whose call is the boundary's first: a shared module has its first name."""
+        first = self.first_call
+        return first.name if first is not None else self.name
+
+    def open_before(self, closed: set[str]) -> list[str]:
+        """Modules that are called before the boundary, outside every closed one, and run in part."""
+        within = {n for n in closed if n}
+        return sorted(
+            {call.name for call in self.usage.calls if call.start <= self.event}
+            - {c.name for c in self.usage.calls if any(c.name == n or c.name.startswith(f"{n}.") for n in within)}
+        )
 
     @contextmanager
     def mode(self, *, train: bool) -> Iterator[None]:

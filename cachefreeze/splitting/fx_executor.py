@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze.errors import SplitError, StaleCacheError
 from cachefreeze.fingerprint import BOOKKEEPING, digest
 from cachefreeze.freezing import FrozenLock
-from cachefreeze.isolation import eval_mode
+from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Cut, Site
 from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
 from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
@@ -221,7 +221,12 @@ class _Tracing:
 
         model = self.site.model
         try:
-            return _Cutting(lambda _m, name: name not in opened, self.example).trace(model)
+            with preserved_random_state() as random_state, preserved_state(model) as state:
+                graph = _Cutting(lambda _m, name: name not in opened, self.example).trace(model)
+                self._refuse_baked(random_state.moved(), state.changed())
+                return graph
+        except SplitError:
+            raise
         except Exception as error:  # the user's forward may refuse a proxy with any exception
             where = next((name for name in reversed(inside) if name in opened), "")
             owner = type(model.get_submodule(where)).__name__
@@ -230,6 +235,19 @@ class _Tracing:
             raise SplitError(
                 f"fx cannot trace {place}, which encloses {self.site.name!r}: {type(error).__name__}: {''.join(first)}"
             ) from error
+
+    def _refuse_baked(self, drawn: list[str], changed: list[str]) -> None:
+        """What happens once, while tracing, would be left out of every step."""
+        model = type(self.site.model).__name__
+        if drawn:
+            raise SplitError(
+                f"fx: the forward of {model} draws random numbers ({', '.join(drawn)}) in Python around "
+                f"{self.site.name!r}, and a graph would keep the outcome of one draw"
+            )
+        if changed:
+            raise SplitError(
+                f"fx: the forward of {model} writes {changed[0]!r}, which a graph would not do again at every step"
+            )
 
     def end(self, graph: fx.Graph) -> int:
         """Position of the first node that belongs to the boundary or uses a trainable parameter."""

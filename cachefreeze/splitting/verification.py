@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from cachefreeze import trees
 from cachefreeze.errors import BatchDependentError, SplitError
-from cachefreeze.isolation import preserved_buffers, preserved_random_state, seed_initialised_generators
+from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state, seed_generators
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
 from cachefreeze.tracing import Example
 
@@ -22,6 +22,10 @@ _ACROSS_BATCHES = 100.0
 _ON_CUDA = 10.0
 # Of the largest value among all tensors compared together: a gradient that is zero but for rounding has no digits.
 _NEGLIGIBLE = 1e-3
+# Samples of the example whose rows are compared with what each gives alone.
+_SAMPLES = 8
+# Training steps compared: what is random in one of them may take the same way by chance.
+_SEEDS = 2
 
 
 def verify(cut: Cut, site: Site, example: Example) -> None:
@@ -36,11 +40,12 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
     """
     two = _differing(example)
     pairs = [two, two.take([0, 1, 0])]
-    with preserved_random_state() as random_state, preserved_buffers(site.model):
+    before = [site.model.get_submodule(name) for name in site.before]
+    with preserved_random_state() as random_state, preserved_state(site.model):
         with site.mode(train=False), torch.no_grad():
             for some in pairs:
                 random_state.restore()  # a suffix may be random even in eval mode
-                expected = some.fresh().call(site.model)
+                expected = fresh_call(site, some.fresh().call, site.model)
                 random_state.restore()
                 rows = rows_of(cut, some.fresh())
                 moved = random_state.moved()
@@ -49,10 +54,19 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
                         "so no row is fixed; train from an earlier block"
                     )
-                compare("eval output", expected, suffix_of(cut, rows, site), site)
+                compare("eval output", expected, fresh_call(site, suffix_of, cut, rows, site), site)
+            _check_unwritten(cut, two, before, site)
             _check_separable(cut, site, two)
+            _check_separable(cut, site, example)
         with site.mode(train=True), torch.enable_grad():
-            _compare_training(cut, site, pairs[0])
+            for seed in range(_SEEDS):
+                _compare_training(cut, site, pairs[0], seed)
+
+
+def fresh_call(site: Site, function: Any, *arguments: Any) -> Any:
+    """A forward that starts from the model's state as it is, and leaves it so."""
+    with preserved_state(site.model):
+        return trees.without_generation_caches(function(*arguments))
 
 
 def rows_of(cut: Cut, some: Example) -> list[Tensor]:
@@ -66,8 +80,8 @@ def suffix_of(cut: Cut, rows: list[Tensor], site: Site) -> Any:
     try:
         return cut.suffix(*rows)
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {type(error).__name__}: {first}") from error
+        kind = type(error).__name__
+        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {_first_line(error)}") from error
 
 
 def _differing(example: Example) -> Example:
@@ -85,13 +99,27 @@ def _differing(example: Example) -> Example:
 
 
 def _batched(pair: Example) -> list[Tensor]:
-    leaves = pytree.tree_leaves((pair.args, pair.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 2]
+    return [leaf for leaf in trees.tensors((pair.args, pair.kwargs)) if leaf.dim() and leaf.shape[0] == 2]
+
+
+def _check_unwritten(cut: Cut, some: Example, before: list[nn.Module], site: Site) -> None:
+    """A frozen module that writes a buffer even in eval mode makes rows depend on what was computed before."""
+    names = {id(module): name for name, module in site.model.named_modules()}
+    buffers = [(m, key, b, b.clone()) for m in before for key, b in m.named_buffers(recurse=False)]
+    with preserved_state(site.model):
+        some.fresh().call(site.model)
+        for module, key, buffer, value in buffers:
+            now = module._buffers.get(key)
+            if now is not buffer or not torch.equal(now.nan_to_num(0), value.nan_to_num(0)):
+                raise SplitError(
+                    f"{names[id(module)]!r} ({type(module).__name__}) runs before {site.name!r} and writes its buffer "
+                    f"{key!r} even in eval mode, so rows would depend on what was computed before them; train from it"
+                )
 
 
 def _check_separable(cut: Cut, site: Site, example: Example) -> None:
     together = rows_of(cut, example.fresh())
-    for sample in (0, 1):
+    for sample in range(min(example.batch, _SAMPLES)):
         alone = rows_of(cut, example.take([sample] * 3))  # other samples, and another number of them
         for spec, all_rows, one in zip(cut.tensors, together, alone, strict=True):
             wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
@@ -106,38 +134,64 @@ def _sample(rows: Tensor, spec: BoundaryTensor, index: int) -> Tensor:
     return rows.select(spec.batch_dim, index)
 
 
-def _compare_training(cut: Cut, site: Site, some: Example) -> None:
-    """One seeded forward and backward of the model and of the split: outputs, gradients, buffers."""
-    trained = {n: p for n, p in site.model.named_parameters() if p.requires_grad}
-    whole = train_once(site.model, trained, lambda: some.fresh().call(site.model))
+def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
+    """One seeded forward and backward of the model and of the split: outputs, gradients, buffers, random draws."""
     try:
-        split = train_once(site.model, trained, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site))
+        whole = train_once(site.model, lambda: some.fresh().call(site.model), seed)
+    except SplitError:
+        raise
+    except RuntimeError as error:
+        raise SplitError(
+            f"{type(site.model).__name__} itself cannot be trained on these inputs: {_first_line(error)}"
+        ) from error
+    try:
+        split = train_once(site.model, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site), seed)
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {first}") from error
-    for what, expected, got in zip(("train output", "gradient", "buffer"), whole, split, strict=True):
+        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {_first_line(error)}") from error
+    for what, expected, got in zip(("train output", "gradient", "buffer"), whole[:3], split[:3], strict=True):
         compare(what, expected, got, site)
+    if whole[3] != split[3]:
+        raise SplitError(f"the split at {site.name!r} draws other random numbers in training than the model")
 
 
-def train_once(model: nn.Module, trained: dict[str, nn.Parameter], forward: Any) -> tuple[Any, Any, Any]:
-    """Output, gradients and buffers of one seeded forward and backward."""
-    with preserved_buffers(model):
-        seed_initialised_generators(0)
-        output = forward()
-        floats = [
-            t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad
-        ]
-        if not floats:
-            raise SplitError("the model's output needs no gradient, so nothing after the boundary can be trained")
-        # weights that differ between elements: a plain sum is blind to softmax and to the order of outputs
-        loss = sum((t.float() * _weights(t)).sum() for t in floats)
-        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)  # type: ignore[arg-type]
-        gradients = dict(zip(trained, found, strict=True))
+def train_once(model: nn.Module, forward: Any, seed: int) -> tuple[Any, Any, Any, Any]:
+    """Output, gradients, buffers and random states of one seeded forward and backward."""
+    parameters = dict(model.named_parameters())
+    grads = {name: p.grad for name, p in parameters.items()}
+    with preserved_state(model), preserved_random_state():
+        seed_generators(seed)
+        try:
+            for p in parameters.values():
+                p.grad = None
+            output = trees.without_generation_caches(forward())
+            floats = [t for t in trees.tensors(output) if (t.is_floating_point() or t.is_complex()) and t.requires_grad]
+            if not floats:
+                raise SplitError("the model's output needs no gradient, so nothing after the boundary can be trained")
+            # weights that differ between elements: a plain sum is blind to softmax and to the order of outputs
+            loss = sum((_real(t).float() * _weights(_real(t))).sum() for t in floats)
+            loss.backward()  # type: ignore[union-attr]
+            gradients = {n: None if p.grad is None else _dense(p.grad).clone() for n, p in parameters.items()}
+        finally:
+            for name, p in parameters.items():
+                p.grad = grads[name]
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    detached = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
-    return detached, gradients, buffers
+        moved = RandomState.capture().key
+    detached = trees.map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return detached, gradients, buffers, moved
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def _first_line(error: BaseException) -> str:
+    return "".join(str(error).strip().splitlines()[:1])
 
 
 def _weights(tensor: Tensor) -> Tensor:
@@ -146,23 +200,35 @@ def _weights(tensor: Tensor) -> Tensor:
 
 def compare(what: str, expected: Any, got: Any, site: Site) -> None:
     """Raise SplitError unless two trees of values are equal within rounding."""
-    wanted, spec = pytree.tree_flatten_with_path(expected)
-    found, other = pytree.tree_flatten_with_path(got)
-    if spec != other:
+    wanted, structure = trees.flatten(expected)
+    found, other = trees.flatten(got)
+    if structure != other:
         raise SplitError(f"{what} of the split at {site.name!r} has another structure than the model's")
-    floor = _NEGLIGIBLE * max((_magnitude(leaf) for _, leaf in wanted if isinstance(leaf, Tensor)), default=0.0)
-    for (path, a), (_, b) in zip(wanted, found, strict=True):
+    floor = _NEGLIGIBLE * max((_magnitude(leaf) for leaf in wanted if isinstance(leaf, Tensor)), default=0.0)
+    names = list(expected) if isinstance(expected, dict) else []
+    for at, (a, b) in enumerate(zip(wanted, found, strict=True)):
         both = isinstance(a, Tensor) and isinstance(b, Tensor)
-        same = close(a, b, floor=floor) if both else (a is None and b is None) or (a is not None and a == b)
+        if not both and not isinstance(a, (*trees.CONSTANTS, Tensor, torch.dtype, torch.device)):
+            raise SplitError(
+                f"{what} of {type(site.model).__name__} holds a {type(a).__name__}, which cannot be compared with that "
+                f"of the split at {site.name!r}; return tensors, or a dataclass of them"
+            )
+        same = close(a, b, floor=floor) if both else type(a) is type(b) and a == b
         if not same:
-            where = pytree.keystr(path) or "it"
+            where = repr(names[at]) if len(names) == len(wanted) else f"leaf {at}" if len(wanted) > 1 else "it"
             raise SplitError(
                 f"{what} of the split at {site.name!r} is not the model's: {where} differs ({difference(a, b)})"
             )
 
 
+def close_rows(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of rows are equal within what another batch size rounds."""
+    return close(a, b, _ACROSS_BATCHES)
+
+
 def _magnitude(tensor: Tensor) -> float:
     """The largest finite magnitude of a floating tensor, 0 for any other."""
+    tensor = _real(_dense(tensor))
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
@@ -172,6 +238,7 @@ def close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> bool
     """Equal within ``factor`` times the rounding of the dtype, relative to the largest magnitude."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    a, b = _real(_dense(a)), _real(_dense(b))
     if torch.equal(a, b):
         return True
     if not a.is_floating_point():
@@ -190,6 +257,7 @@ def close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> bool
 def difference(a: Any, b: Any) -> str:
     """How two values differ, in words."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.numel():
+        a, b = _real(_dense(a)), _real(_dense(b))
         return f"largest difference {float((a.double() - b.double()).abs().max()):.2g}"
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return f"shape {tuple(a.shape)} against {tuple(b.shape)}"

@@ -6,7 +6,7 @@ from cachefreeze.stores.base import BadRow, FieldSpec, Store, StoreSpec
 from cachefreeze.stores.hdf5 import HDF5Store, Header, read_header
 from cachefreeze.stores.memory import DeviceStore, HostStore
 from cachefreeze.stores.ragged import Lengths
-from cachefreeze.stores.removal import remove_cache
+from cachefreeze.stores.removal import cache_bytes, in_use, remove_cache
 
 __all__ = [
     "BadRow",
@@ -18,6 +18,8 @@ __all__ = [
     "Lengths",
     "Store",
     "StoreSpec",
+    "cache_bytes",
+    "in_use",
     "read_header",
     "remove_cache",
 ]

@@ -149,7 +149,7 @@ class Store(ABC):
 
     @property
     def count(self) -> int:
-        """Number of rows present."""
+        """Number of rows that this process knows to be present."""
         return int(self._present.sum())
 
     @property
@@ -160,7 +160,27 @@ class Store(ABC):
     @final
     def present(self, rows: Tensor) -> Tensor:
         """Which of ``rows`` can be read: (n,) int64 -> (n,) bool."""
-        return self._present[self._checked(rows)]
+        return self._looked(self._checked(rows))
+
+    @final
+    def claim(self, rows: Tensor) -> Tensor:
+        """Ask for absent rows to compute and write: (n,) int64 -> (n,) bool, True where they are this process's.
+
+        False says that the row is present, perhaps written by another process a moment ago, or that another process
+        has claimed it. Nobody has to claim what it writes; those who do never compute a row twice between them. A claim
+        ends when the row is written, when it is released, and with the process, however that ends.
+
+        Raises:
+            StoreError: The store is closed or read-only.
+        """
+        rows = self._checked(rows)
+        self._require_writable()
+        return self._claim(rows)
+
+    @final
+    def release(self, rows: Tensor) -> None:
+        """Give up claims on rows that will not be written; harmless for rows that are not claimed."""
+        self._release(self._checked(rows))
 
     @final
     def write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
@@ -170,8 +190,7 @@ class Store(ABC):
             StoreError: The store is closed or read-only, or ``batch`` does not fit the spec.
         """
         rows = self._checked(rows)
-        if not self.writable:
-            raise StoreError(f"this {self.tier} store is read-only; open it in the process that fills it")
+        self._require_writable()
         expected = {field.name for field in self.spec.fields}
         if set(batch) != expected:
             raise StoreError(f"write() got fields {sorted(batch)}, expected {sorted(expected)}: a row is written whole")
@@ -192,7 +211,7 @@ class Store(ABC):
             CorruptRowError: A row failed its checksum; it is absent from now on.
         """
         rows = self._checked(rows)
-        absent = rows[~self._present[rows]]
+        absent = rows[~self._looked(rows)]
         if len(absent):
             raise StoreError(f"row {int(absent[0])} is absent ({len(absent)} of {len(rows)} asked for): fill it first")
         try:
@@ -204,7 +223,9 @@ class Store(ABC):
     @final
     def forget(self, rows: Tensor) -> None:
         """Mark rows absent for this process, so that they are computed again."""
-        self._present[self._checked(rows)] = False
+        rows = self._checked(rows)
+        self._present[rows] = False
+        self._forget(rows)
 
     def commit(self) -> None:
         """Return once every row written so far survives a loss of power, where the tier can promise that."""
@@ -224,6 +245,31 @@ class Store(ABC):
 
     @abstractmethod
     def _read(self, rows: Tensor) -> dict[str, Tensor]: ...
+
+    # Hooks that a store needs only where other processes share its rows.
+
+    def _look(self, rows: Tensor) -> None:  # noqa: B027
+        """Mark those of ``rows`` present that another process has written; a store in memory has no other."""
+
+    def _forget(self, rows: Tensor) -> None:  # noqa: B027
+        """Do what else is needed for ``rows`` to stay absent."""
+
+    def _claim(self, rows: Tensor) -> Tensor:
+        return ~self._present[rows]
+
+    def _release(self, rows: Tensor) -> None:  # noqa: B027
+        """Let other processes claim ``rows``."""
+
+    def _looked(self, rows: Tensor) -> Tensor:
+        here = self._present[rows]
+        if not here.all():
+            self._look(rows[~here])
+            here = self._present[rows]
+        return here
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise StoreError(f"this {self.tier} store is read-only: open it where its file may be written")
 
     def _require_open(self) -> None:
         if self.closed:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from cachefreeze.errors import StoreError
 from cachefreeze.stores.locks import FileLock
-from cachefreeze.stores.system import free_bytes, pwrite_all, space_error, store_error, system
+from cachefreeze.stores.system import failing_as, free_bytes, pwrite_all, space_error, system
 
 _TEMPORARY = re.compile(r"\.cachefreeze-[0-9a-f]{16}\.tmp")
 
 
 def lock_path(path: Path) -> Path:
-    """The file whose lock makes one process the writer of ``path``."""
+    """The file that ``path`` is locked by."""
     return path.with_name(path.name + ".lock")
 
 
@@ -33,10 +33,8 @@ def check_target(path: Path, least_bytes: int) -> None:
         StoreSpaceError: The file system has fewer than ``least_bytes`` free.
         StoreError: Its folder is missing, or something has that name already.
     """
-    try:
+    with failing_as("create", path):
         _check_target(path, least_bytes)
-    except OSError as error:
-        raise error if isinstance(error, StoreError) else store_error(error, "create", path) from error
 
 
 def _check_target(path: Path, least_bytes: int) -> None:
@@ -51,7 +49,7 @@ def _check_target(path: Path, least_bytes: int) -> None:
 
 
 def create_file(path: Path, size_bytes: int, contents: Iterable[tuple[int, bytes]]) -> FileLock:
-    """Create ``path`` and become its writer.
+    """Create ``path`` and become one of its fillers.
 
     Args:
         path: Must not exist; its folder must.
@@ -59,28 +57,23 @@ def create_file(path: Path, size_bytes: int, contents: Iterable[tuple[int, bytes
         contents: (offset, bytes) to write; the rest reads as zeros.
 
     Returns:
-        The writer's lock.
+        The fillers' lock.
 
     Raises:
         StoreSpaceError: There is no room for ``size_bytes``.
         StoreError: Anything else went wrong. No file is left behind in either case.
     """
-    try:
+    with failing_as("create", path):
         sweep(path.parent)
         lock = FileLock.take(lock_path(path), os.O_CREAT)
-    except OSError as error:
-        raise store_error(error, "create", path) from error
     if lock is None:
-        raise StoreError(f"another process is creating or filling {path}: wait for it, or choose another name")
+        raise StoreError(f"another process is creating or removing {path}: wait for it, or choose another name")
     try:
-        _create_locked(path, size_bytes, contents)
-    except BaseException as error:
+        with failing_as("create", path, size_bytes):
+            _create_locked(path, lock, size_bytes, contents)
+    except BaseException:
         # Safe although others may be waiting for it: whoever gets the lock checks that the file still has its name.
         lock.release(unlink=True)
-        if isinstance(error, FileExistsError):
-            raise StoreError(f"{path} exists: another process has just created it; open it instead") from error
-        if isinstance(error, OSError) and not isinstance(error, StoreError):
-            raise store_error(error, "create", path, size_bytes) from error
         raise
     return lock
 
@@ -95,7 +88,7 @@ def sweep(folder: Path) -> None:
                     lock.release(unlink=True)
 
 
-def _create_locked(path: Path, size_bytes: int, contents: Iterable[tuple[int, bytes]]) -> None:
+def _create_locked(path: Path, lock: FileLock, size_bytes: int, contents: Iterable[tuple[int, bytes]]) -> None:
     temporary = _temporary(path.parent)
     linked = False
     try:
@@ -104,7 +97,11 @@ def _create_locked(path: Path, size_bytes: int, contents: Iterable[tuple[int, by
         for offset, data in contents:
             pwrite_all(temporary.fd, data, offset)
         system.fsync(temporary.fd)
-        system.link(temporary.path, path)
+        lock.share()  # before anybody can open it: whoever does is to become a filler
+        try:
+            system.link(temporary.path, path)
+        except FileExistsError as error:
+            raise StoreError(f"{path} exists: another process has just created it; open it instead") from error
         linked = True
         temporary.release(unlink=True)
         _sync_folder(path.parent)

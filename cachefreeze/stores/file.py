@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-
 from cachefreeze.errors import StoreError
 from cachefreeze.stores.base import FieldSpec
 from cachefreeze.stores.header import decode
-from cachefreeze.stores.layout import HEADER_BYTES, RECORD_BYTES, Layout
-from cachefreeze.stores.rows import RECORD, complete
-from cachefreeze.stores.system import pread_all, store_error, system
-
-CHUNK_ROWS = 1 << 20  # bounds the memory that scanning a commit table takes
+from cachefreeze.stores.layout import HEADER_BYTES, Layout
+from cachefreeze.stores.rows import CommitTable, complete
+from cachefreeze.stores.source import Read
+from cachefreeze.stores.system import failing_as, pread_all, store_error, system
 
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
@@ -61,18 +58,17 @@ def read_header(path: str | Path) -> Header:
     path = Path(path).absolute()
     fd, _ = open_regular(path, os.O_RDONLY)
     try:
-        layout, _ = read_layout(fd, path)
-        return Header(
-            rows=layout.spec.rows,
-            count=_count(fd, layout),
-            fields=layout.spec.fields,
-            fingerprint=layout.fingerprint,
-            attributes=layout.attributes,
-            nbytes=layout.file_bytes,
-            created=datetime.fromtimestamp(layout.created, tz=timezone.utc),
-        )
-    except OSError as error:
-        raise error if isinstance(error, StoreError) else store_error(error, "read", path) from error
+        with failing_as("read", path):
+            layout, _ = read_layout(fd, path)
+            return Header(
+                rows=layout.spec.rows,
+                count=_count(fd, layout),
+                fields=layout.spec.fields,
+                fingerprint=layout.fingerprint,
+                attributes=layout.attributes,
+                nbytes=layout.file_bytes,
+                created=datetime.fromtimestamp(layout.created, tz=timezone.utc),
+            )
     finally:
         os.close(fd)
 
@@ -103,6 +99,8 @@ def open_regular(path: Path, flags: int) -> tuple[int, bool]:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise StoreError(f"{path} is a symbolic link, which is not followed: give the file itself") from error
+        if error.errno == errno.EISDIR:
+            raise StoreError(f"{path} is no regular file but a folder, so it is no cache file") from error
         raise store_error(error, "open", path) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -125,9 +123,9 @@ def read_layout(fd: int, path: Path) -> tuple[Layout, int]:
 
 
 def _count(fd: int, layout: Layout) -> int:
-    count = 0
-    for start in range(0, layout.spec.rows, CHUNK_ROWS):
-        rows = min(CHUNK_ROWS, layout.spec.rows - start)
-        table = pread_all(fd, rows * RECORD_BYTES, layout.commit_offset + start * RECORD_BYTES)
-        count += int(complete(np.frombuffer(table, RECORD), start).sum())
-    return count
+    source = Read(fd)
+    try:
+        table = CommitTable(source, layout.commit_offset, layout.spec.rows)
+        return sum(int(complete(records, rows).sum()) for rows, records in table.chunks())
+    finally:
+        source.close()

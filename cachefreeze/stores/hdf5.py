@@ -1,8 +1,9 @@
 """Rows on disk: plain HDF5 that libhdf5 lays out once, in memory, and never touches again.
 
 libhdf5 decides where things lie and what its metadata says; the bytes are written by us (``pwrite``) and read by us
-(``mmap``). A row counts once its commit record names it, and is believed once the record's checksum matches the bytes
-that are handed out. So no kill, torn write or flipped bit yields a wrong row. The format is in docs/store-format.md.
+(``mmap`` or ``pread``). A row counts once its commit record names it, and is believed once the record's checksum
+matches the bytes that are handed out. So no kill, torn write or flipped bit yields a wrong row. The format is in
+docs/store-format.md.
 
 Shapes:
     records: (n,) of the 16-byte commit record.
@@ -11,12 +12,10 @@ Shapes:
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -29,13 +28,14 @@ from cachefreeze.errors import CorruptRowError, StoreError, UsageError
 from cachefreeze.stores.base import BadRow, Store, StoreSpec
 from cachefreeze.stores.columns import Column, Packed
 from cachefreeze.stores.creation import check_target, create_file, lock_path
-from cachefreeze.stores.file import CHUNK_ROWS, Header, open_regular, read_header, read_layout
+from cachefreeze.stores.file import Header, open_regular, read_header, read_layout
 from cachefreeze.stores.header import encode
 from cachefreeze.stores.laying import lay_out
 from cachefreeze.stores.layout import COMMIT, HEADER_BYTES, RECORD_BYTES, Layout, check_storable
-from cachefreeze.stores.locks import FileLock, drop_in_children
-from cachefreeze.stores.rows import COMPLETE, RECORD, complete, row_digest, stretches
-from cachefreeze.stores.system import pwrite_all, store_error, system
+from cachefreeze.stores.locks import FileLock, drop_in_children, still_names
+from cachefreeze.stores.rows import RECORD, CommitTable, complete, records_of, row_digest, stretches
+from cachefreeze.stores.source import IO, Source, open_source
+from cachefreeze.stores.system import failing_as, pwrite_all, store_error, system
 
 __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
 
@@ -48,31 +48,31 @@ SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a pow
 class HDF5Store(Store):
     """Rows in one HDF5 file. Use :meth:`create` or :meth:`open`; the constructor is private.
 
-    One process writes a file at a time, any number read it. A forked child keeps reading and cannot write; a pickled
-    store reopens read-only. Which rows are present is read once, at open.
+    Any number of processes of one host read a file and fill it. A forked child keeps reading and cannot write; a
+    pickled store reopens read-only.
     """
 
     tier = "hdf5"
 
-    def __init__(self, path: Path, layout: Layout, crc: int, fd: int, lock: FileLock | None, verify: Verify) -> None:
+    def __init__(self, path: Path, layout: Layout, crc: int, handles: _Handles, *, verify: Verify, io: IO) -> None:
         super().__init__(layout.spec, torch.device("cpu"))
         self._path = path
         self._layout = layout
         self._crc = crc
-        self._check_mode = verify
-        self._handles = _Handles(fd, lock, mmap.mmap(fd, layout.file_bytes, access=mmap.ACCESS_READ))
-        self._records = np.frombuffer(self._handles.mapping, RECORD, layout.spec.rows, layout.commit_offset)
-        file = np.frombuffer(self._handles.mapping, np.uint8)
-        self._columns = [
-            Column(field, file, layout.offsets[field.name], layout.spec.rows) for field in layout.spec.fields
-        ]
-        present = self._present.numpy()
-        for start in range(0, layout.spec.rows, CHUNK_ROWS):
-            present[start : start + CHUNK_ROWS] = complete(self._records[start : start + CHUNK_ROWS], start)
-        self._verified = np.zeros(layout.spec.rows, dtype=np.bool_)
+        self._check_mode: Verify = verify
+        self._io: IO = io
+        self._handles = handles
+        self._table = CommitTable(handles.source, layout.commit_offset, layout.spec.rows)
+        self._columns = [Column(field, handles.source, layout.offsets[field.name]) for field in layout.spec.fields]
+        for rows, records in self._table.chunks():
+            self._present.numpy()[rows] = complete(records, rows)
+        self._verified = np.zeros(layout.spec.rows, np.bool_)
+        self._forgotten = np.zeros(layout.spec.rows, np.bool_)
+        self._claimed = np.zeros(layout.spec.rows, np.bool_)
+        self._unsynced = np.zeros(layout.spec.rows, np.bool_)
         self._unsynced_bytes = 0
-        self.writable = lock is not None
-        weakref.finalize(self, self._handles.close)
+        self.writable = handles.lock is not None
+        weakref.finalize(self, handles.close)
         drop_in_children(self)
 
     @classmethod
@@ -83,19 +83,23 @@ class HDF5Store(Store):
         *,
         fingerprint: Mapping[str, str],
         attributes: Mapping[str, str] | None = None,
+        io: IO = "mmap",
     ) -> HDF5Store:
-        """Make a new file with room for every row, and become its writer.
+        """Make a new file with room for every row.
 
         Args:
             path: Must not exist; its folder must.
             spec: Rows and fields.
             fingerprint: What must be equal for the rows to be reused.
             attributes: Free strings for people, such as model and boundary.
+            io: How rows are read; see :meth:`open`.
 
         Raises:
+            UsageError: ``io`` names no way of reading.
             StoreSpaceError: There is no room for the whole file.
             StoreError: The spec does not fit the format, or the file cannot be made. Nothing is left behind.
         """
+        _check_choice("io", io, IO)
         path = Path(path).absolute()
         attributes = attributes or {}
         _require_platform()
@@ -105,44 +109,46 @@ class HDF5Store(Store):
         layout, metadata = lay_out(spec, fingerprint, attributes)
         lock = create_file(path, layout.file_bytes, [*metadata, (0, encode(layout))])
         try:
-            return cls._attach(path, lock, "first")
+            fd, _ = open_regular(path, os.O_RDWR)
+            return cls._attach(path, fd, *_checked_layout(fd, path), lock, verify="first", io=io)
         except BaseException:
             system.unlink(path)
             lock.release(unlink=True)
             raise
 
     @classmethod
-    def open(cls, path: str | Path, *, writable: bool = True, verify: Verify = "first") -> HDF5Store:
+    def open(cls, path: str | Path, *, writable: bool = True, verify: Verify = "first", io: IO = "mmap") -> HDF5Store:
         """Open an existing file.
 
         Args:
             path: The file; a link is refused.
-            writable: Become the writer, if no other process is and the file may be written; see ``store.writable``.
+            writable: Fill it too, if it and its folder may be written; see ``store.writable``.
             verify: When to compare a row with its checksum: on its ``first`` read in this process, ``always``, or
                 ``never``.
+            io: Read through a memory map, or by ``pread``: slower, and the way for files on a network file system and
+                files that somebody may shorten, where a map ends the process by a signal.
 
         Raises:
+            UsageError: ``verify`` or ``io`` is none of these.
             StoreError: There is no such file, or it cannot be opened.
             CorruptStoreError: It is no cache file, or header or HDF5 metadata are damaged.
         """
-        if verify not in get_args(Verify):
-            raise UsageError(f"verify={verify!r}: use one of {', '.join(map(repr, get_args(Verify)))}")
+        _check_choice("verify", verify, Verify)
+        _check_choice("io", io, IO)
         path = Path(path).absolute()
         _require_platform()
-        if not writable:
-            return cls._attach(path, None, verify)
-        os.close(open_regular(path, os.O_RDONLY)[0])  # or a lock would be left beside a file that does not exist
+        fd, may_write = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
+        layout, crc = _checked_layout(fd, path)  # first, or a lock would be left beside a file that is no cache
         try:
-            lock = FileLock.take(lock_path(path), os.O_CREAT)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise store_error(error, "lock", path) from error
-            lock = None  # reading needs no write permission, neither to the file nor to its folder
+            lock = _share(path, fd) if may_write else None
+        except BaseException:
+            os.close(fd)
+            raise
         try:
-            return cls._attach(path, lock, verify)
+            return cls._attach(path, fd, layout, crc, lock, verify=verify, io=io)
         except BaseException:
             if lock is not None:
-                lock.release(unlink=True)
+                lock.release()
             raise
 
     @property
@@ -177,119 +183,155 @@ class HDF5Store(Store):
         all fields of a row together, so a field can be named only where there is one.
         """
         self._require_open()
-        names = [field.name for field in self.spec.fields]
-        whole = f"the checksum over {', '.join(names)} does not match" + (" (any may be damaged)" if names[1:] else "")
-        lost = f"its record in /{COMMIT} is damaged or was removed: the row is lost"
-        bad: list[BadRow] = []
-        for start in range(0, self.spec.rows, CHUNK_ROWS):
-            records = self._records[start : start + CHUNK_ROWS]
-            said = complete(records, start)
-            present = self._present.numpy()[start : start + CHUNK_ROWS]
-            broken = ~said & (present | (records != np.zeros((), RECORD)))
-            bad.extend(BadRow(row, None, lost) for row in (np.flatnonzero(broken) + start).tolist())
-            judged = torch.from_numpy(np.flatnonzero(said & present) + start)
-            places = [zip(*(of.tolist() for of in column.spans(judged)), strict=True) for column in self._columns]
-            for row, *spans in zip(judged.tolist(), *places, strict=True):
-                parts = [column.row(*span) for column, span in zip(self._columns, spans, strict=True)]
-                if row_digest(parts) != int(self._records[row]["xxh3_64"]):
-                    self._verified[row] = False
-                    bad.append(BadRow(row, None if names[1:] else names[0], whole))
-        return sorted(bad, key=lambda one: one.row)
+        with failing_as("read", self._path):
+            return sorted(self._bad_rows(), key=lambda one: one.row)
 
     def close(self) -> None:
-        """Unmap and close the file and give up its lock."""
+        """Close the file and give up its locks."""
         super().close()
         self.writable = False
-        self._records, self._columns = self._records[:0].copy(), []
         self._handles.close()
 
     def after_fork_in_child(self) -> None:
-        """A child reads what its parent mapped; writing stays with the parent, which holds the lock."""
+        """A child reads what its parent opened; writing stays with the parent, which holds the locks."""
         self.writable = False
         self._handles.drop_writer()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self._path), self._check_mode, self._crc)
+        return _reopen, (str(self._path), self._check_mode, self._io, self._crc)
 
     @classmethod
-    def _attach(cls, path: Path, lock: FileLock | None, verify: Verify) -> HDF5Store:
-        """Check and map the file. Takes over ``lock`` when it returns; the caller keeps it when it raises."""
-        fd, may_write = open_regular(path, os.O_RDONLY if lock is None else os.O_RDWR)
+    def _attach(
+        cls, path: Path, fd: int, layout: Layout, crc: int, lock: FileLock | None, *, verify: Verify, io: IO
+    ) -> HDF5Store:
+        """Make a store of an open file; it owns ``fd`` from here on, and ``lock`` too once it is made."""
         try:
-            layout, crc = read_layout(fd, path)
-            store = cls(path, layout, crc, fd, lock if may_write else None, verify)
-        except BaseException as error:
+            with failing_as("read", path):
+                handles = _Handles(fd, lock, open_source(io, fd, layout.file_bytes))
+                store = cls(path, layout, crc, handles, verify=verify, io=io)
+        except BaseException:
             os.close(fd)
-            if isinstance(error, OSError) and not isinstance(error, StoreError):
-                raise store_error(error, "map", path) from error
             raise
-        if not may_write:
-            store._handles.drop_writer()
-            if lock is not None:
-                lock.release()
+        if lock is None:
+            handles.drop_writer()
         return store
+
+    def _bad_rows(self) -> Iterator[BadRow]:
+        names = [field.name for field in self.spec.fields]
+        whole = f"the checksum over {', '.join(names)} does not match" + (" (any may be damaged)" if names[1:] else "")
+        lost = f"its record in /{COMMIT} is damaged or was removed: the row is lost"
+        for rows, records in self._table.chunks():
+            said = complete(records, rows)
+            present = self._present.numpy()[rows] | (said & ~self._forgotten[rows])  # others may have written since
+            for row in rows[~said & (present | (records != np.zeros((), RECORD)))].tolist():
+                yield BadRow(row, None, lost)
+            judged = rows[said & present]
+            expected = records["xxh3_64"][said & present].tolist()
+            parts = zip(*(column.each(torch.from_numpy(judged)) for column in self._columns), strict=True)
+            for row, digest, row_parts in zip(judged.tolist(), expected, parts, strict=True):
+                if row_digest(row_parts) != digest:
+                    self._verified[row] = False
+                    yield BadRow(row, None if names[1:] else names[0], whole)
+
+    def _look(self, rows: Tensor) -> None:
+        index = rows.numpy()
+        index = index[~self._forgotten[index]]
+        with failing_as("read", self._path):
+            found = index[complete(self._table.of(index), index)]
+        self._present.numpy()[found] = True
+
+    def _claim(self, rows: Tensor) -> Tensor:
+        lock = self._handles.lock
+        assert lock is not None
+        index = np.unique(rows[~self._looked(rows)].numpy())
+        with failing_as("lock rows of", self._path):
+            for start, stop in stretches(index):
+                run = index[start:stop]
+                if lock.claim(run[0], len(run)):
+                    self._claimed[run] = True
+                elif len(run) > 1:  # another process has some of them
+                    self._claimed[run] = [lock.claim(row, 1) for row in run.tolist()]
+        # between the look above and the locks another process may have written some, and let go of them
+        self._look(torch.from_numpy(index))
+        written = index[self._claimed[index] & self._present.numpy()[index]]
+        self._release(torch.from_numpy(written))
+        return torch.from_numpy(self._claimed[rows.numpy()])
+
+    def _release(self, rows: Tensor) -> None:
+        lock = self._handles.lock
+        index = np.unique(rows.numpy())
+        index = index[self._claimed[index]]
+        self._claimed[index] = False
+        if lock is not None and lock.fd is not None:
+            with failing_as("unlock rows of", self._path):
+                for start, stop in stretches(index):
+                    lock.unclaim(int(index[start]), stop - start)
+
+    def _forget(self, rows: Tensor) -> None:
+        self._forgotten[rows.numpy()] = True
 
     def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         index = rows.numpy()
         packed = [column.pack(rows, batch[column.field.name]) for column in self._columns]
-        records = np.zeros(len(index), RECORD)
-        records["xxh3_64"] = [row_digest(row) for row in zip(*(part.rows() for part in packed), strict=True)]
-        records["row_plus_1"] = index + 1
-        records["flags"] = COMPLETE
-        recorded = self._records["row_plus_1"][index] != 0
+        records = records_of(index, [row_digest(row) for row in zip(*(part.rows() for part in packed), strict=True)])
         self._present.numpy()[index] = False
+        self._forgotten[index] = True  # until it is whole again, whatever its record says meanwhile
         try:
-            self._write_runs(rows, packed, records, recorded)
-        except OSError as error:
-            raise store_error(error, "write rows to", self._path, self._layout.file_bytes) from error
+            with failing_as("write rows to", self._path, self._layout.file_bytes):
+                self._write_runs(index, packed, records)
+        finally:
+            self._release(rows)
         self._verified[index] = True
+        self._forgotten[index] = False
+        self._unsynced[index] = True
         self._unsynced_bytes += records.nbytes + sum(part.data.nbytes for part in packed)
         if self._unsynced_bytes >= SYNC_BYTES:
             self.commit()
 
-    def _write_runs(
-        self, rows: Tensor, packed: Sequence[Packed], records: NDArray[Any], recorded: NDArray[np.bool_]
-    ) -> None:
+    def _write_runs(self, index: NDArray[np.int64], packed: Sequence[Packed], records: NDArray[Any]) -> None:
         fd = self._handles.fd
         assert fd is not None
-        index = rows.numpy()
-        runs = list(stretches(index))
-        for start, stop in runs:
+        recorded = self._table.of(index)["row_plus_1"] != 0
+        bytes_ = records.view(np.uint8).data
+        runs = [(start, stop, self._table.position(index[start])) for start, stop in stretches(index)]
+        for start, stop, position in runs if recorded.any() else ():
             # A row that is rewritten is absent until it is whole again, also to readers that never check.
             if recorded[start:stop].any():
-                pwrite_all(fd, np.zeros_like(records[start:stop]), self._record_offset(index[start]))
-        for column, part in zip(self._columns, packed, strict=True):
-            starts, _ = column.spans(rows)
-            for start, stop in runs:
-                pwrite_all(fd, part.stretch(start, stop), column.offset + int(starts[start]))
-        for start, stop in runs:
-            pwrite_all(fd, records[start:stop], self._record_offset(index[start]))
-
-    def _record_offset(self, row: int) -> int:
-        return self._layout.commit_offset + int(row) * RECORD_BYTES
+                pwrite_all(fd, bytes((stop - start) * RECORD_BYTES), position)
+        for part in packed:
+            for start, stop, _ in runs:
+                pwrite_all(fd, part.stretch(start, stop), part.starts[start])
+        for start, stop, position in runs:
+            pwrite_all(fd, bytes_[start * RECORD_BYTES : stop * RECORD_BYTES], position)
 
     def _sync(self, fd: int) -> None:
         try:
             system.fdatasync(fd)
         except OSError as error:
-            # The kernel may have dropped the pages it could not write: no row of this process is above suspicion.
+            # The kernel may have dropped the pages it could not write, and a later sync will not miss them: rows since
+            # the last good one are absent until they are written again, and no other is above suspicion.
             # https://wiki.postgresql.org/wiki/Fsync_Errors
+            self.forget(torch.from_numpy(np.flatnonzero(self._unsynced)))
             self._verified[:] = False
             raise store_error(error, "make durable the rows of", self._path, self._layout.file_bytes) from error
+        self._unsynced[:] = False
         self._unsynced_bytes = 0
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
         batch, raw = {}, []
-        for column in self._columns:
-            batch[column.field.name], parts = column.gather(rows)
-            raw.append(parts)
-        if self._check_mode != "never":
-            self._check(rows.numpy(), raw)
+        with failing_as("read", self._path):
+            for column in self._columns:
+                batch[column.field.name], parts = column.gather(rows)
+                raw.append(parts)
+            if self._check_mode != "never":
+                self._check(rows.numpy(), raw)
         return batch
 
-    def _check(self, index: NDArray[Any], raw: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
+    def _check(self, index: NDArray[Any], raw: Sequence[Sequence[NDArray[np.uint8]] | NDArray[np.uint8]]) -> None:
         suspects = np.flatnonzero(~self._verified[index]) if self._check_mode == "first" else np.arange(len(index))
-        expected = self._records["xxh3_64"][index[suspects]].tolist()
+        if not len(suspects):
+            return
+        expected = self._table.of(index[suspects])["xxh3_64"].tolist()
         good = [
             row_digest([data[at] for data in raw]) == digest
             for at, digest in zip(suspects.tolist(), expected, strict=True)
@@ -309,10 +351,10 @@ class HDF5Store(Store):
 class _Handles:
     """What a store holds of the operating system; outlives it only until the finalizer ran."""
 
-    def __init__(self, fd: int, lock: FileLock | None, mapping: mmap.mmap) -> None:
+    def __init__(self, fd: int, lock: FileLock | None, source: Source) -> None:
         self.fd: int | None = fd
         self.lock = lock
-        self.mapping = mapping
+        self.source = source
 
     def drop_writer(self) -> None:
         fd, self.fd = self.fd, None
@@ -323,12 +365,44 @@ class _Handles:
         self.drop_writer()
         if self.lock is not None:
             self.lock.release()
-        with suppress(BufferError):  # a read in another thread still gathers from it: freed when that ends
-            self.mapping.close()
+        self.source.close()
 
 
-def _reopen(path: str, verify: Verify, crc: int) -> HDF5Store:
-    store = HDF5Store.open(path, writable=False, verify=verify)
+def _checked_layout(fd: int, path: Path) -> tuple[Layout, int]:
+    """See :func:`read_layout`; closes ``fd`` where it raises."""
+    try:
+        with failing_as("read", path):
+            return read_layout(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _share(path: Path, fd: int) -> FileLock | None:
+    """The fillers' lock of an open cache file; None where the folder cannot be written, or the file is being removed.
+
+    Raises:
+        StoreError: It cannot be locked, or the file has just been removed.
+    """
+    try:
+        lock = FileLock.take(lock_path(path), os.O_CREAT, shared=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise store_error(error, "lock", path) from error
+        return None  # reading needs no write permission, neither to the file nor to its folder
+    if lock is not None and not still_names(path, fd):
+        lock.release(unlink=not path.exists())
+        raise StoreError(f"{path} was removed while it was being opened: open or create it again")
+    return lock
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise UsageError(f"{name}={value!r}: use one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def _reopen(path: str, verify: Verify, io: IO, crc: int) -> HDF5Store:
+    store = HDF5Store.open(path, writable=False, verify=verify, io=io)
     if store._crc != crc:
         store.close()
         raise StoreError(f"{path} is another file than the one whose store was pickled: open the new one")

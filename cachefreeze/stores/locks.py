@@ -1,17 +1,18 @@
-"""One writer per cache file, by a lock that no kill can leave behind.
+"""Who may do what to a cache file on one host, by locks that no kill can leave behind.
+
+Byte 0 of the lock file stands for the file's existence: whoever creates or removes the cache holds it alone, fillers
+share it. Byte 1 + i stands for row i: the one filler that is computing it holds it. Readers hold nothing.
 
 Open-file-description locks belong to an open file, not to a process: closing another descriptor of the same file does
 not drop them (as POSIX locks would be), and they vanish with the last descriptor. Where they do not exist ``flock``
-does the same on a local file system.
+locks the whole file on a local file system: then one filler at a time, for all rows.
 
 Source: https://www.gnu.org/software/libc/manual/html_node/Open-File-Description-Locks.html
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import struct
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +20,8 @@ from typing import Protocol, final
 
 from cachefreeze.stores.system import system
 
-try:
-    import fcntl
-except ImportError:  # Windows; files are refused there before a lock is asked for
-    fcntl = None  # type: ignore[assignment]
-
-_HELD_ELSEWHERE = frozenset({errno.EAGAIN, errno.EACCES})
+_EXISTENCE = 0
+_FIRST_ROW = 1
 
 
 class ForkAware(Protocol):
@@ -47,22 +44,13 @@ def _after_fork() -> None:
         thing.after_fork_in_child()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _set_lock(fd: int, kind: int) -> None:
-    """Lock (F_WRLCK) or unlock (F_UNLCK) the whole file, without waiting."""
-    if hasattr(fcntl, "F_OFD_SETLK"):
-        # struct flock {short type, whence; off_t start, len; pid_t pid}; "0q" pads its end as C does
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("@hhqqi0q", kind, os.SEEK_SET, 0, 0, 0))
-    else:
-        fcntl.flock(fd, fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @final
 class FileLock:
-    """An open file that this process, and nobody else, has locked.
+    """An open file whose existence this process has locked, alone or with others.
 
     Attributes:
         path: The file.
@@ -75,11 +63,12 @@ class FileLock:
         drop_in_children(self)
 
     @classmethod
-    def take(cls, path: Path, flags: int) -> FileLock | None:
-        """Open ``path`` with ``flags`` and lock it.
+    def take(cls, path: Path, flags: int, *, shared: bool = False) -> FileLock | None:
+        """Open ``path`` with ``flags`` and lock it, alone or ``shared`` with others who do the same.
 
         Returns:
-            The lock, or None when another holds it (with O_EXCL also: when another removed the file meanwhile).
+            The lock, or None when another's stands against it (with O_EXCL also: when another removed the file
+            meanwhile).
 
         Raises:
             OSError: It cannot be opened, or the file system has no locks.
@@ -87,18 +76,34 @@ class FileLock:
         while True:
             lock = cls(path, fd := system.open(path, flags | os.O_RDWR))
             try:
-                _set_lock(fd, fcntl.F_WRLCK)
-            except OSError as error:
+                taken = system.lock(fd, _EXISTENCE, 1, shared=shared)
+            except OSError:
                 lock.release()
-                if error.errno in _HELD_ELSEWHERE:
-                    return None
                 raise
+            if not taken:
+                lock.release()
+                return None
             # A holder may unlink the file before it lets go. Then this locks a file that nobody else can find.
-            if lock._still_named():
+            if still_names(path, fd):
                 return lock
             lock.release()
             if flags & os.O_EXCL:
                 return None
+
+    def share(self) -> None:
+        """Let others take the lock ``shared`` too."""
+        assert self.fd is not None
+        system.lock(self.fd, _EXISTENCE, 1, shared=True)
+
+    def claim(self, row: int, count: int) -> bool:
+        """Lock ``count`` rows from ``row`` on for this process; False when another has any of them."""
+        assert self.fd is not None
+        return system.lock(self.fd, _FIRST_ROW + row, count)
+
+    def unclaim(self, row: int, count: int) -> None:
+        """Unlock rows; harmless for rows that are not locked."""
+        assert self.fd is not None
+        system.unlock(self.fd, _FIRST_ROW + row, count)
 
     def release(self, *, unlink: bool = False) -> None:
         """Unlock and close; ``unlink`` removes the file first. Releasing twice is harmless."""
@@ -111,7 +116,7 @@ class FileLock:
                     system.unlink(self.path)
             # Closing alone would not do: a child forked without Python's hooks shares the open file.
             with suppress(OSError):
-                _set_lock(fd, fcntl.F_UNLCK)
+                system.unlock(fd)
         finally:
             os.close(fd)
 
@@ -121,10 +126,11 @@ class FileLock:
         if fd is not None:
             os.close(fd)
 
-    def _still_named(self) -> bool:
-        assert self.fd is not None
-        try:
-            named = self.path.lstat()
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(named, os.fstat(self.fd))
+
+def still_names(path: Path, fd: int) -> bool:
+    """Whether ``path`` is the file that is open as ``fd``, not removed and not replaced."""
+    try:
+        named = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(fd))

@@ -39,7 +39,7 @@ def free_device_bytes(device: torch.device) -> int | None:
     """Bytes that the driver would still hand out on ``device``, or None where it does not say."""
     if device.type == "cpu":
         return free_host_bytes()
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs CUDA
         return torch.cuda.mem_get_info(device)[0]
     return None
 
@@ -109,6 +109,10 @@ class _TensorStore(Store):
         data = self._data[name]
         if not self._pin:
             return data.index_select(0, index)
+        return self._gather_pinned(data, index)
+
+    @staticmethod
+    def _gather_pinned(data: Tensor, index: Tensor) -> Tensor:  # needs CUDA
         fresh = torch.empty((len(index), *data.shape[1:]), dtype=data.dtype, pin_memory=True)
         return torch.index_select(data, 0, index, out=fresh)
 
@@ -126,8 +130,12 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, without waiting for the device to have it."""
     if tensor.device == device:
         return tensor
-    if tensor.device.type != "cpu" or device.type != "cuda":
-        return tensor.to(device)
+    if tensor.device.type == "cpu" and device.type == "cuda":  # needs CUDA
+        return _staged(tensor, device)
+    return tensor.to(device)
+
+
+def _staged(tensor: Tensor, device: torch.device) -> Tensor:  # needs CUDA
     # Through a pinned buffer of our own: a pageable source would make the copy wait, and a pinned source may be
     # written into by its owner before the copy has run. torch keeps the buffer until it has.
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

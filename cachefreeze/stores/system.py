@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import final
 
 from cachefreeze.errors import StoreError, StoreSpaceError
 
+try:
+    import fcntl
+except ImportError:  # Windows; files are refused there before a lock is asked for
+    fcntl = None  # type: ignore[assignment]
+
+_HELD_ELSEWHERE = frozenset({errno.EAGAIN, errno.EACCES})
 _SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_FALLOCATE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
@@ -63,13 +69,39 @@ class System:
         """Remove a name."""
         path.unlink()
 
+    def lock(self, fd: int, start: int, length: int, *, shared: bool = False) -> bool:
+        """Lock bytes of an open file without waiting; False when another open file's lock stands against it."""
+        kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+        try:
+            if hasattr(fcntl, "F_OFD_SETLK"):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, start, length))
+            else:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD_ELSEWHERE:
+                return False
+            raise
+        return True
+
+    def unlock(self, fd: int, start: int = 0, length: int = 0) -> None:
+        """Unlock bytes of an open file; by default all of them, where ``flock`` knows no other way."""
+        if hasattr(fcntl, "F_OFD_SETLK"):
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, start, length))
+        elif not length:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
 
 system = System()
 
 
-def pwrite_all(fd: int, data: bytes | NDArray[Any], offset: int) -> None:
+def _flock(kind: int, start: int, length: int) -> bytes:
+    # struct flock {short type, whence; off_t start, len; pid_t pid}; "0q" pads its end as C does
+    return struct.pack("@hhqqi0q", kind, os.SEEK_SET, start, length, 0)
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``, however often the kernel takes only a part of it."""
-    view = memoryview(data) if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    view = memoryview(data)
     while view:
         try:
             written = system.pwrite(fd, view, offset)
@@ -110,6 +142,17 @@ def space_error(path: Path, needed_bytes: int) -> StoreSpaceError:
     return StoreSpaceError(
         f"{path} needs {needed_bytes:,} bytes, {why}, or use another folder, a smaller dtype or a later boundary"
     )
+
+
+@contextmanager
+def failing_as(doing: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """What fails in here raises the package's own error; see :func:`store_error`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise store_error(error, doing, path, needed_bytes) from error
 
 
 def store_error(error: OSError, doing: str, path: Path, needed_bytes: int = 0) -> StoreError:

@@ -301,6 +301,19 @@ class StoreTests:
         assert_same(store.read(rows_of(4)), values(spec, rows_of(4), seed=1))
         assert_same(store.read(rows_of(3, 5)), values(spec, rows_of(3, 5)))
 
+    def test_claim(self, make: Make) -> None:
+        """Absent rows may be claimed, again and as often as asked for; present rows need nobody to compute them."""
+        spec = one_field()
+        store = make(spec)
+        store.write(rows_of(1, 2), values(spec, rows_of(1, 2)))
+        for _ in range(2):
+            assert store.claim(rows_of(0, 1, 3, 3, 2)).tolist() == [True, False, True, True, False]
+        assert store.claim(rows_of()).shape == (0,)
+        store.release(rows_of(0, 0, 1, 5))
+        store.write(rows_of(3, 4), values(spec, rows_of(3, 4)))
+        assert store.claim(rows_of(0, 3, 4)).tolist() == [True, False, False]
+        assert_same(store.read(rows_of(4, 1, 3)), values(spec, rows_of(4, 1, 3)))
+
     def test_overwrite(self, make: Make) -> None:
         """Writing a present row replaces it and no other."""
         spec = every_kind()
@@ -373,7 +386,7 @@ class StoreTests:
         """Indices of another range, dtype or rank are refused by every method that takes them."""
         spec = one_field()
         store = self.filled(make, spec)
-        for call in (store.read, store.present, store.forget):
+        for call in (store.read, store.present, store.forget, store.claim, store.release):
             with pytest.raises(StoreError, match="rows must"):
                 call(rows)
         with pytest.raises(StoreError, match="rows must"):
@@ -424,6 +437,8 @@ class StoreTests:
         store.writable = False
         with pytest.raises(StoreError, match="read-only"):
             store.write(rows_of(0), values(spec, rows_of(0), seed=1))
+        with pytest.raises(StoreError, match="read-only"):
+            store.claim(rows_of(0))
         assert_same(store.read(rows_of(0)), values(spec, rows_of(0)))
 
     def test_closed(self, make: Make) -> None:
@@ -438,6 +453,8 @@ class StoreTests:
             lambda: store.write(rows_of(2), values(spec, rows_of(2))),
             lambda: store.present(rows_of(2)),
             lambda: store.forget(rows_of(2)),
+            lambda: store.claim(rows_of(2)),
+            lambda: store.release(rows_of(2)),
             store.commit,
             store.verify,
         ):

@@ -1,0 +1,109 @@
+"""What a boundary at each block would cost and save: bytes of a row, share of the forward before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachefreeze.blocks import Block, list_blocks
+from cachefreeze.errors import SplitError
+from cachefreeze.flops import count_flops
+from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.splitting.planner import compare, minimum_cut
+from cachefreeze.splitting.recording import OpenInstead, Recording, Rules, record
+from cachefreeze.tracing import Call, Example, Usage, usage_of
+
+
+def blocks(model: nn.Module, example_inputs: Any = None) -> list[Block]:
+    """List the blocks of ``model`` in order of first use in a forward.
+
+    Args:
+        model: Any module. Modes, weights and random states are as before afterwards.
+        example_inputs: A tensor, a tuple (positional) or a dict (keyword) with a batch of at least 2. Without
+            them the order is read from a symbolic trace, else from registration, with a warning.
+
+    Returns:
+        The blocks; bytes and share of the forward only with ``example_inputs``.
+    """
+    if example_inputs is None:
+        return list_blocks(model, usage_of(model))
+    example = Example.of(example_inputs)
+    usage = usage_of(model, example)
+    listed = list_blocks(model, usage)
+    calls = {block.name: call for block in listed if (call := usage.first_call_of(model, block.name))}
+    shares = _forward_before(model, example, calls)
+    crossing = _crossing_bytes(model, example, usage, calls)
+    return [
+        replace(block, bytes_per_sample=crossing.get(block.name), forward_before=shares.get(block.name))
+        for block in listed
+    ]
+
+
+def _forward_before(model: nn.Module, example: Example, calls: dict[str, Call]) -> dict[str, float]:
+    """Share of the FLOPs that a forward has spent when each block is first entered."""
+    spent: dict[str, int] = {}
+
+    def note(name: str, *_: Any) -> None:
+        spent.setdefault(name, counter.total)
+
+    handles = [
+        model.get_submodule(call.name).register_forward_pre_hook(partial(note, name)) for name, call in calls.items()
+    ]
+    try:
+        with (
+            preserved_random_state(),
+            preserved_state(model),
+            eval_mode(model),
+            torch.no_grad(),
+            count_flops() as counter,
+        ):
+            example.fresh().call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: flops / counter.total for name, flops in spent.items()} if counter.total else {}
+
+
+def _crossing_bytes(model: nn.Module, example: Example, usage: Usage, calls: dict[str, Call]) -> dict[str, int]:
+    """Bytes of a row at each block, from one recording in which all blocks are closed."""
+    starts = {call.start: name for name, call in calls.items()}
+
+    def closes(call: Call) -> bool:
+        return not any(call.start < start < call.end for start in starts)
+
+    rules = Rules(usage=usage, closes=closes, boundaries=starts, strict=False)
+    recording = _record_alike(model, example, rules)
+    if recording is None:
+        return {}
+    found = {}
+    for name in recording.boundaries:
+        kept, _, obstacle = minimum_cut(recording, name)
+        if obstacle is None:
+            specs = (recording.values[number].spec for number in kept)
+            found[name] = sum(spec.bytes_per_sample for spec in specs if spec is not None)
+    return found
+
+
+def _record_alike(model: nn.Module, example: Example, rules: Rules) -> Recording | None:
+    """One recording with the values' batch dimensions, opening what cannot be closed; None where that fails."""
+    opened: set[str] = set()
+    while True:
+        try:
+            with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
+                two, three = (
+                    record(model, example.take([i % example.batch for i in range(count)]), rules, opened)
+                    for count in (2, 3)
+                )
+                compare(two, three, "the forward")
+        except OpenInstead as found:
+            if found.name in opened or next(model.get_submodule(found.name).children(), None) is None:
+                return None
+            opened.add(found.name)
+        except SplitError:  # split says why, when it is asked for a boundary
+            return None
+        else:
+            return two

@@ -1,0 +1,595 @@
+"""One forward, recorded: which values it makes, from which others, and where each could be kept and put back.
+
+A forward is followed by tensor identity and version. A *closed* call is opaque: its modules are frozen, what it
+returns can be kept, and it need not run again. Everything else is *glue*, which the suffix runs again. A frozen call
+whose inputs are random (a functional dropout in a half-frozen parent) is glue as well: no row could stand for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cachefreeze import trees
+from cachefreeze.errors import SplitError
+from cachefreeze.isolation import RandomState
+from cachefreeze.splitting.boundary import BoundaryTensor
+from cachefreeze.splitting.replica import replicate
+from cachefreeze.tracing import METADATA, Call, Example, Usage, operation
+
+# Where a value can be kept and put back: a raw input, a leaf of what the n-th call of a module returns, an argument
+# that it wrote into, or an argument of the boundary's first call. (kind, module name, number of the call, leaf)
+Place = tuple[Literal["input", "output", "written", "argument"], str, int, int]
+
+# What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
+_READS = frozenset({
+    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__",
+    "__contains__", "equal", "allclose", "is_nonzero",
+})  # fmt: skip
+# Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
+_REDRAWS = 1000
+
+
+@dataclass
+class Value:
+    """One tensor of a forward.
+
+    Attributes:
+        shape: As recorded.
+        dtype: As recorded.
+        inputs: Numbers of the values that it is computed from.
+        made: When, on the recording's clock.
+        place: Where it can be kept, or None.
+        opaque: Whether it comes out of a closed call that the suffix cannot run again.
+        random: Whether a random draw went into it.
+        written: Whether glue writes into it later.
+        tensor: The tensor itself, until the recordings are compared.
+        spec: Its batch dimension and bytes, once they are; None when no row can hold it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    inputs: frozenset[int]
+    made: int
+    place: Place | None = None
+    opaque: bool = False
+    random: bool = False
+    written: bool = False
+    tensor: Tensor | None = None
+    spec: BoundaryTensor | None = None
+
+
+@dataclass
+class ClosedCall:
+    """What a closed call did.
+
+    Attributes:
+        name: Of the module.
+        number: Which of its calls, from 0; calls inside closed calls do not count.
+        structure: Of what it returned.
+        leaves: Per leaf a constant, a value's number, or the position of the argument leaf that it is.
+        written: (position of an argument leaf that it wrote into, the value's number afterwards).
+    """
+
+    name: str
+    number: int
+    structure: trees.Structure
+    leaves: list[tuple[Literal["constant", "value", "argument"], Any]]
+    written: list[tuple[int, int]]
+
+    @property
+    def made(self) -> set[int]:
+        """Numbers of the values that it made."""
+        return {what for kind, what in self.leaves if kind == "value"} | {number for _, number in self.written}
+
+
+@dataclass
+class Recording:
+    """One forward.
+
+    Attributes:
+        values: All tensors that depend on the inputs, in the order in which they were made.
+        closed: Closed calls by module name and number.
+        live: Calls of frozen modules whose inputs are random.
+        constant: Calls that depend on weights and shapes alone; the suffix makes them as the model does.
+        boundaries: Block name -> when it was first called or a parameter of it first used.
+        uses: (when, numbers of the values used), the outputs last.
+        reads: (when, numbers of the values that were read into Python), by glue.
+        glanced: (when, numbers of values made of ids and masks alone that glue asked for a truth value): whatever the
+            answer, the model does the same.
+        operations: Names of what glue did before the last boundary.
+        settled: (when, number of values, number of operations) when the last closed call before it was done.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    closed: dict[tuple[str, int], ClosedCall] = field(default_factory=dict)
+    live: set[tuple[str, int]] = field(default_factory=set)
+    constant: set[tuple[str, int]] = field(default_factory=set)
+    boundaries: dict[str, int] = field(default_factory=dict)
+    uses: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    reads: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    glanced: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    settled: tuple[int, int, int] = (0, 0, 0)
+
+    def needed(self, block: str) -> set[int]:
+        """Values made before a boundary that are used from it on, or that glue before it reads into Python."""
+        start = self.boundaries[block]
+        late = {n for when, numbers in self.uses if when >= start for n in numbers}
+        read = {n for when, numbers in self.reads if when < start for n in numbers}
+        return {n for n in late | read if self.values[n].made < start}
+
+
+class OpenInstead(Exception):  # noqa: N818 - not an error: the recording starts again
+    """A call cannot be closed; its children have to be."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name)
+        self.name = name
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a recording takes for closed, and where its boundaries are.
+
+    Attributes:
+        usage: What a forward uses, in order.
+        closes: Whether a call is closed.
+        boundaries: Event -> name of the block that is first called then.
+        trainable: Ids of parameters whose use in glue is a boundary too: of the only block in ``boundaries``.
+        live: Calls by module name and number that are glue: chance decides in train mode what they are given.
+        strict: Refuse what makes rows depend on a batch or on chance; without, only look.
+    """
+
+    usage: Usage
+    closes: Callable[[Call], bool]
+    boundaries: Mapping[int, str]
+    trainable: frozenset[int] = frozenset()
+    live: frozenset[tuple[str, int]] = frozenset()
+    strict: bool = True
+
+
+def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[str] = ()) -> Recording:
+    """Record one forward in the modes that the modules are in now.
+
+    Raises:
+        OpenInstead: A call cannot be closed.
+        SplitError: Before the boundary the forward is random, or depends on the batch.
+    """
+    recorder = _Recorder(model, rules, frozenset(opened))
+    replica, _ = replicate(model, {name: recorder.rewrite(name) for name, _ in model.named_modules()})
+    own = example.fresh()
+    recorder.take_inputs(own)
+    with recorder.memory, recorder:
+        output = own.call(replica)
+    recorder.finish(trees.tensors(output))
+    return recorder.recording
+
+
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which values a tensor's memory holds: for tensors that no torch function was seen to make (vmap, raw ops)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._holds: dict[int, frozenset[int]] = {}
+        self._kept: list[Any] = []
+
+    def of(self, tensor: Tensor) -> frozenset[int]:
+        """Numbers of the values that went into a tensor's memory."""
+        return self._holds.get(_address(tensor), frozenset())
+
+    def note(self, tensor: Tensor, numbers: frozenset[int]) -> None:
+        """From now on a tensor's memory holds these values."""
+        address = _address(tensor)
+        if address:
+            self._holds[address] = numbers
+            self._kept.append(tensor.untyped_storage())  # or the address would come back
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        numbers = frozenset[int]().union(*(self.of(leaf) for leaf in given))
+        if numbers:
+            made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            for leaf in made if not func._schema.is_mutable else (*made, *given[:1]):
+                self.note(leaf, self.of(leaf) | numbers)
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse tensors and functorch's wrappers have no memory of their own
+        return 0
+
+
+class _Recorder(TorchFunctionMode):
+    """Follows tensors by identity and version through one forward."""
+
+    def __init__(self, model: nn.Module, rules: Rules, opened: frozenset[str]) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.memory = _Memory()
+        self._model = model
+        self._rules = rules
+        self._opened = opened
+        self._calls: dict[tuple[str, int], Call] = {}
+        counts: dict[str, int] = {}
+        for call in rules.usage.calls:
+            number = counts[call.name] = counts.get(call.name, -1) + 1
+            self._calls[call.name, number] = call
+        self._used = frozenset(counts)
+        self._pending = {key for key, call in self._calls.items() if rules.closes(call)}
+        self._seen: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._last_start = -1
+        self._now = 0
+        self._of: dict[int, tuple[int, Tensor]] = {}  # id -> value number; the tensor is held, or its id would return
+        self._inside: dict[int, str] = {}  # id -> closed module in which it was made
+        self._pure: set[int] = set()  # ids of what comes from ids and masks alone
+        self._drawn: dict[int, Callable[[], Any]] = {}  # id -> how to draw it again
+        self._arguments: set[int] = set()  # numbers of the values that enter a boundary
+        self._closed: str | None = None
+        self._touched = False
+        self._stack: list[tuple[str, RandomState]] = []
+        self._kept: list[Any] = []
+
+    @property
+    def _ended(self) -> bool:
+        return len(self.recording.boundaries) == len(self._rules.boundaries)
+
+    @property
+    def _checking(self) -> bool:
+        return self._rules.strict and not self._ended
+
+    def take_inputs(self, example: Example) -> None:
+        for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
+            if isinstance(leaf, Tensor) and id(leaf) not in self._of:
+                self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
+                if not leaf.is_floating_point():
+                    self._pure.add(id(leaf))
+
+    def finish(self, outputs: list[Tensor]) -> None:
+        self.recording.uses.append((self._tick(), self._value_numbers(outputs)))
+
+    # --- module calls ---
+
+    def rewrite(self, name: str) -> Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]:
+        def make(_module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self._named(name):
+                    return self._call(name, own, args, kwargs)
+
+            return forward
+
+        return make
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Know who runs, and who draws from a random state that no torch function shows."""
+        watched = self._checking and self._closed is None
+        if watched:
+            self._stack.append((name, RandomState.capture()))
+        try:
+            yield
+            if watched and self._checking:
+                self._refuse_unseen_draws(self._stack[-1:])
+        finally:
+            if watched:
+                self._stack.pop()
+
+    def _call(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if name not in self._used:  # its forward is called directly: glue of whoever calls it
+            return own(*args, **kwargs)
+        seen = self._seen[name] = self._seen.get(name, -1) + 1
+        call = self._calls.get((name, seen))
+        self._pending.discard((name, seen))
+        if self._closed is not None:
+            return own(*args, **kwargs)
+        if call is None or (self._checking and call.start < self._last_start):
+            if self._checking:
+                self._refuse_order(name)
+            return own(*args, **kwargs)
+        self._last_start = call.start
+        block = self._rules.boundaries.get(call.start)
+        if block is not None and block not in self.recording.boundaries:
+            return self._enter(block, call, own, args, kwargs)
+        return self._run(call, own, args, kwargs)
+
+    def _run(self, call: Call, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = call.name
+        number = self._numbers[name] = self._numbers.get(name, -1) + 1
+        if not self._ended:
+            self.recording.operations.append(f"{name}()")
+        with torch._C.DisableTorchFunction():  # what is looked up here is no op of the model
+            given = trees.leaves((args, kwargs))
+            numbers = self._value_numbers(given)
+            random = any(self.recording.values[n].random for n in numbers)
+            before = {id(leaf): _version(leaf) for leaf in given if isinstance(leaf, Tensor)}
+        if random and self._rules.closes(call):
+            self.recording.live.add((name, number))
+        if random or (name, number) in self._rules.live or not self._rules.closes(call) or name in self._opened:
+            return own(*args, **kwargs)
+        state = _torch_state()
+        self._closed, self._touched = name, False
+        try:
+            result = own(*args, **kwargs)
+        finally:
+            self._closed = None
+        if self._checking and state != _torch_state():
+            self._refuse_draw(name, "torch", train=False)
+        with torch._C.DisableTorchFunction():
+            self._close(name, number, given, numbers, before, result)
+        if not self._pending and not self._ended:
+            self.recording.settled = (self._tick(), len(self.recording.values), len(self.recording.operations))
+        return result
+
+    def _enter(self, block: str, call: Call, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """From here on everything is suffix; the boundary's arguments are values of their own."""
+        if self._checking:
+            self._refuse_unseen_draws(self._stack)
+        outside: dict[int, tuple[int, Tensor]] = {}
+        with torch._C.DisableTorchFunction():
+            for at, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
+                if isinstance(leaf, Tensor) and id(leaf) not in outside and self._number(leaf) is not None:
+                    outside[id(leaf)] = self._of[id(leaf)]
+                    source = self._of[id(leaf)][0]
+                    self._arguments.add(self._add(leaf, frozenset({source}), ("argument", block, 0, at)))
+        entered = {key: self._of[key][0] for key in outside}
+        self.recording.boundaries[block] = self._tick()
+        result = self._run(call, own, args, kwargs)
+        for key, known in outside.items():
+            if self._of[key][0] == entered[key]:
+                self._of[key] = known
+        return result
+
+    def _close(
+        self, name: str, number: int, given: list[Any], numbers: frozenset[int], before: dict[int, int], result: Any
+    ) -> None:
+        found, structure = trees.flatten(result)
+        ids = [id(leaf) for leaf in given]
+        if not self._touched:  # made of weights and shapes alone, or handed through: the suffix does the same
+            for leaf in found:
+                self._inside.pop(id(leaf), None)
+            self.recording.constant.add((name, number))
+            return
+        self.recording.uses.append((self._tick(), numbers))
+        module = self._model.get_submodule(name)
+        again = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+        inputs = numbers if again else frozenset[int]()
+        written = []
+        for at, leaf in enumerate(given):
+            if isinstance(leaf, Tensor) and before[id(leaf)] != _version(leaf) and ids.index(id(leaf)) == at:
+                self._write([leaf], numbers)
+                changed = self._add(leaf, inputs, ("written", name, number, at), opaque=not again)
+                written.append((at, changed))
+        described: list[tuple[Any, Any]] = []
+        for at, leaf in enumerate(found):
+            if trees.is_generation_cache(leaf):
+                described.append(("constant", None))
+            elif not isinstance(leaf, Tensor):
+                if not isinstance(leaf, (*trees.CONSTANTS, torch.dtype, torch.device)):
+                    raise OpenInstead(name, f"returns a {type(leaf).__name__}")
+                described.append(("constant", leaf))
+            elif id(leaf) in ids:
+                described.append(("argument", ids.index(id(leaf))))
+            else:
+                self._inside.pop(id(leaf), None)
+                made = self._add(leaf, inputs, ("output", name, number, at), opaque=not again)
+                described.append(("value", made))
+        self.recording.closed[name, number] = ClosedCall(name, number, structure, described, written)
+
+    # --- values ---
+
+    def _tick(self) -> int:
+        self._now += 1
+        return self._now
+
+    def _add(
+        self,
+        tensor: Tensor,
+        inputs: frozenset[int],
+        place: Place | None = None,
+        *,
+        opaque: bool = False,
+        random: bool = False,
+    ) -> int:
+        values = self.recording.values
+        number = len(values)
+        random = random or any(values[n].random for n in inputs)
+        if place is not None and place[0] != "input" and id(tensor) in self._pure:
+            place, opaque = None, False  # a mask may be left out where it masks nothing: what it is made of is kept
+        shape = tuple(tensor.shape)
+        values.append(Value(shape, tensor.dtype, inputs, self._tick(), place, opaque, random, tensor=tensor.detach()))
+        self._of[id(tensor)] = (number, tensor)
+        self.memory.note(tensor, frozenset({number}))
+        return number
+
+    def _number(self, leaf: Tensor) -> int | None:
+        if id(leaf) in self._inside:
+            raise OpenInstead(self._inside[id(leaf)], "makes a tensor that is used outside it")
+        if id(leaf) in self._of:
+            return self._of[id(leaf)][0]
+        held = frozenset[int]() if isinstance(leaf, nn.Parameter) else self.memory.of(leaf)
+        return self._add(leaf, held) if held else None
+
+    def _value_numbers(self, leaves: list[Any]) -> frozenset[int]:
+        found = (self._number(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return frozenset(number for number in found if number is not None)
+
+    def _write(self, written: list[Tensor], inputs: frozenset[int], *, random: bool = False) -> None:
+        """A write reaches every tensor in the same memory."""
+        if not inputs and not random:
+            return
+        addresses = {_address(leaf) for leaf in written} - {0}
+        values = self.recording.values
+        for number, tensor in list(self._of.values()):
+            if _address(tensor) in addresses:
+                values[number].written = True
+                if number in self._arguments:
+                    values[number].place = None  # what the boundary writes into is seen outside it too
+                self._add(tensor, inputs | {number}, random=random)
+        for leaf in written:
+            if id(leaf) not in self._of:
+                self._add(leaf, inputs, random=random)
+
+    # --- operations ---
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = operation(func)
+        versions = [_version(leaf) for leaf in given]
+        watched = self._checking and self._closed is None
+        if watched and name not in METADATA and any(id(leaf) in self._rules.trainable for leaf in given):
+            self._reach_by_use()
+        state = _torch_state() if watched else None
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not made and name in METADATA:
+            return result
+        self._kept += made
+        written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
+        depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
+        pure = self._follow_purity(name, given, depend, [*made, *written])
+        if self._closed is not None:
+            self._touched = self._touched or bool(depend)
+            for leaf in made:
+                if id(leaf) not in self._of:
+                    self._inside[id(leaf)] = self._closed
+            return result
+        drew = state is not None and state != _torch_state()
+        if drew:
+            self._refuse_eval_draw()
+        if pure and not made and not written:
+            self.recording.glanced.append((self._tick(), self._value_numbers(given)))
+        else:
+            self._glue(name, given, made, written, drew=drew)
+        if drew or any(id(leaf) in self._drawn for leaf in given):
+            self._follow_draw(name, func, args, kwargs, made, depend)
+        return result
+
+    def _glue(self, name: str, given: list[Tensor], made: list[Tensor], written: list[Tensor], *, drew: bool) -> None:
+        inputs = self._value_numbers(given)
+        if not self._ended:
+            self.recording.operations.append(name)
+        if inputs:
+            self.recording.uses.append((self._tick(), inputs))
+            if not made and not written:  # read into Python: the suffix reads it too
+                self.recording.reads.append((self._now, inputs))
+        self._write(written, inputs, random=drew)
+        if inputs:
+            for leaf in made:
+                if id(leaf) not in self._of:
+                    self._add(leaf, inputs, random=drew)
+
+    def _reach_by_use(self) -> None:
+        """A trainable weight is used by glue before its block is called: the suffix begins here."""
+        block = next(iter(self._rules.boundaries.values()))
+        self._refuse_unseen_draws(self._stack)
+        self.recording.boundaries[block] = self._tick()
+
+    def _follow_purity(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
+        """Whether an op sees ids and masks alone; anything else is not to be read into Python."""
+        pure = bool(depend) and all(id(leaf) in self._pure for leaf in depend)
+        if pure and not any(isinstance(leaf, nn.Parameter) for leaf in given):
+            self._pure |= {id(leaf) for leaf in results}
+        # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
+        asks_truth = pure and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
+        if name in _READS and depend and self._checking and not asks_truth:
+            self._refuse_read(name)
+        return pure
+
+    def _follow_draw(self, name: str, func: Any, args: Any, kwargs: Any, made: list[Tensor], depend: list[Any]) -> None:
+        """Random numbers that no input went into decide which layers run, where they are read into Python."""
+        if depend or not self._checking:
+            return
+
+        def again() -> Any:
+            fresh = [self._drawn[id(leaf)]() if id(leaf) in self._drawn else leaf for leaf in args]
+            return func(*fresh, **kwargs)
+
+        if name in _READS:
+            with torch._C.DisableTorchFunction():
+                outcomes = {repr(again()) for _ in range(_REDRAWS)}
+            if len(outcomes) > 1:
+                self._refuse_random_control_flow()
+        for leaf in made:
+            self._drawn[id(leaf)] = again
+
+    # --- refusals ---
+
+    @property
+    def _before(self) -> str:
+        return repr(next(name for name in self._rules.boundaries.values() if name not in self.recording.boundaries))
+
+    @property
+    def _where(self) -> str:
+        name = self._closed or (self._stack[-1][0] if self._stack else "")
+        return f"{name!r} ({type(self._model.get_submodule(name)).__name__})" if name else type(self._model).__name__
+
+    def _refuse_order(self, name: str) -> None:
+        raise SplitError(
+            f"replay: {name!r} is not called as often, or in another order, than in the forward recorded before: the "
+            f"calls before {self._before} depend on the number of samples, on the mode (train or eval), or on chance "
+            "(LayerDrop?), so no fixed part of the model runs before the boundary; train from an earlier block"
+        )
+
+    def _refuse_read(self, name: str) -> None:
+        raise SplitError(
+            f"replay: {self._where} reads a value of the batch into Python ({name}) before {self._before}, so a row "
+            "may depend on the other samples of its batch; train from an earlier block"
+        )
+
+    def _refuse_draw(self, name: str, source: str, *, train: bool) -> None:
+        kind = type(self._model.get_submodule(name)).__name__
+        mode = "in train mode, from a generator that decides in Python (random masks, LayerDrop?)" if train else ""
+        raise SplitError(
+            f"replay: {name or kind!r} ({kind}) draws random numbers ({source}) before {self._before} "
+            f"{mode or 'even in eval mode'}, so no row is fixed; turn it off, or train from an earlier block"
+        )
+
+    def _refuse_eval_draw(self) -> None:
+        name = self._stack[-1][0] if self._stack else ""
+        if not self._model.get_submodule(name).training:
+            self._refuse_draw(name, "torch", train=False)
+
+    def _refuse_unseen_draws(self, stack: list[tuple[str, RandomState]]) -> None:
+        """Draws from numpy and ``random`` are Python numbers, whose use cannot be followed."""
+        for name, state in reversed(stack):
+            moved = [source for source in state.moved() if source in ("numpy", "random")]
+            if moved:
+                self._refuse_draw(name, ", ".join(moved), train=self._model.get_submodule(name).training)
+
+    def _refuse_random_control_flow(self) -> None:
+        if not self._pending:  # all that is frozen has run: chance decides in the suffix
+            self._reach_by_use()
+            return
+        raise SplitError(
+            f"replay: {self._where} draws a random number to decide which layers run before {self._before} "
+            "(LayerDrop?), so no fixed part runs before it; set its rate to 0, or train from an earlier block"
+        )
+
+
+def _version(leaf: Any) -> int:
+    try:
+        return int(leaf._version)
+    except (RuntimeError, NotImplementedError):  # inference tensors and functorch's wrappers have none
+        return 0
+
+
+def _torch_state() -> list[bytes]:
+    states = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states.append(torch.cuda.get_rng_state())
+    return [state.numpy().tobytes() for state in states]

@@ -1,0 +1,334 @@
+"""The suffix of a replay: the model's own forward on rows, with stubs in place of what is frozen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cachefreeze import trees
+from cachefreeze.errors import SplitError, StaleCacheError
+from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.planner import Plan, input_name
+from cachefreeze.splitting.recording import ClosedCall, Place, Value
+from cachefreeze.splitting.replay_prefix import Numbers
+from cachefreeze.splitting.replica import Rewrite, replicate
+from cachefreeze.tracing import Example
+
+# (shape, dtype, device, whether glue writes into it) -> what stands for a value that is not kept
+Poison = Callable[[tuple[int, ...], torch.dtype, torch.device, bool], Tensor]
+
+
+class _Pass:
+    """One forward of the suffix.
+
+    Attributes:
+        rows: What is kept, in the order of the boundary's tensors.
+        inputs: Shapes of the inputs that are kept, by their number.
+        checkpointed: Whether a stub was called under activation checkpointing, which calls it again in the backward.
+        in_backward: Whether the backward of this pass has begun.
+    """
+
+    def __init__(self, rows: list[Tensor], batch: int, poison: Poison) -> None:
+        self.rows = rows
+        self.inputs: dict[int, torch.Size] = {}
+        self.batch = batch
+        self.poison = poison
+        self.numbers = Numbers()
+        self.grad = torch.is_grad_enabled()
+        self.checkpointed = False
+        self.in_backward = False
+
+
+class ReplaySuffix(nn.Module):
+    """Rows -> the model's output, by its own forward. It has no mode of its own: it follows the model's modules."""
+
+    def __init__(
+        self, site: Site, planned: Plan, example: Example, around: Mapping[str, Rewrite] | None = None
+    ) -> None:
+        super().__init__()
+        self.plan = planned
+        self._places = {place: i for i, place in enumerate(planned.kept)}
+        self._pass: _Pass | None = None
+        self._outstanding: list[_Pass] = []
+        self._inputs = _Inputs(site, planned, example)
+        names = {name for name, _ in planned.closed.keys() | planned.constant}
+        self._called = Counter(name for name, _ in planned.closed)
+        forwards: dict[str, Rewrite] = {name: self._stub(name) for name in names}
+        arguments = {place[3]: i for place, i in self._places.items() if place[0] == "argument"}
+        if arguments:
+            known = site.known_as
+            self._called["\0boundary"] = sum(call.name == known for call in site.usage.calls)
+            forwards[known] = self._boundary(arguments, forwards.get(known))
+        for name, rewrite in (around or {}).items():
+            forwards[name] = _around(rewrite, forwards.get(name))
+        self.replica, self._copied = replicate(site.model, forwards)
+        # modules whose forward runs here follow the model's attributes, in both directions
+        running = names - {name for name, number in planned.closed if (name, number) not in planned.again}
+        stubs = {id(site.model.get_submodule(name)) for name in names - running}
+        self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
+        self._children = [(original, dict(original._modules)) for _, original in self._copied]
+        self.drops_generation_caches = False
+
+    def train(self, mode: bool = True) -> ReplaySuffix:
+        """Set the mode of the model, which is the only mode there is."""
+        self._copied[-1][1].train(mode)
+        return self
+
+    def follow(self) -> None:
+        """Raise if a module was replaced behind the suffix."""
+        for original, children in self._children:
+            for key, child in original._modules.items():
+                if children.get(key) is not child:
+                    raise StaleCacheError(
+                        f"{key!r} of {type(original).__name__} was replaced after the loader was made, so what trains "
+                        "is not what the model holds; replace modules first, then make the Engine"
+                    )
+
+    def forward(self, *rows: Tensor) -> Any:
+        """Run the trainable part on a fresh batch of rows, which it may write into."""
+        return self.run(list(rows), nan)
+
+    def run(self, rows: list[Tensor], poison: Poison, see_inputs: Callable[[Any], None] | None = None) -> Any:
+        """The model's forward on rows, with a poison in place of what is not kept.
+
+        Args:
+            rows: One tensor per boundary tensor, which the forward may write into.
+            poison: Makes what stands for a value that is not kept.
+            see_inputs: Called with the model's arguments before the forward.
+        """
+        spec = self.plan.tensors[0]
+        batch = rows[0].shape[spec.batch_dim]
+        rows = [tensor.fold(row) for tensor, row in zip(self.plan.tensors, rows, strict=True)]
+        current = self._pass = _Pass(rows, batch, poison)
+        current.inputs = {place[3]: rows[i].shape for place, i in self._places.items() if place[0] == "input"}
+        args, kwargs = self._inputs.build(current, self._places)
+        self._follow_attributes()
+        try:
+            if see_inputs is not None:
+                see_inputs((args, kwargs))
+            output = self.replica(*args, **kwargs)
+        finally:
+            self._pass = None
+            self._hand_attributes_back()
+        if self.drops_generation_caches:
+            output = trees.without_generation_caches(output)
+        if current.checkpointed:
+            self._expect_backward(current, output)
+        return output
+
+    # --- attributes ---
+
+    def _follow_attributes(self) -> None:
+        for made, original in self._copied:
+            made.training = original.training
+        if torch.compiler.is_compiling():
+            return
+        for made, original, children, forward in self._open:
+            own = made.__dict__
+            own.update(original.__dict__)
+            own["_modules"] = children
+            if forward is not None:
+                own["forward"] = forward
+
+    def _hand_attributes_back(self) -> None:
+        """What the forward wrote on its modules (a counter, a list of losses) belongs to the model."""
+        if torch.compiler.is_compiling():
+            return
+        for made, original, _, _ in self._open:
+            theirs = original.__dict__
+            for key, value in made.__dict__.items():
+                if theirs.get(key, self) is not value and key not in ("_modules", "forward"):
+                    theirs[key] = value
+
+    # --- activation checkpointing ---
+
+    def _watch_checkpointing(self, current: _Pass) -> None:
+        if current.checkpointed or torch.compiler.is_compiling():
+            return
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        current.checkpointed = current.grad and (hooked or not torch.is_grad_enabled())
+
+    def _expect_backward(self, current: _Pass, output: Any) -> None:
+        def begin(_gradient: Tensor) -> None:
+            current.in_backward = True
+
+        for tensor in trees.tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(begin)  # type: ignore[no-untyped-call]
+        self._outstanding = [*(p for p in self._outstanding if not p.in_backward), current][-2:]
+
+    def _recomputed(self, name: str) -> tuple[_Pass, int]:
+        """The pass whose backward calls a stub again, and the number of that call."""
+        begun = [p for p in self._outstanding if p.in_backward]
+        if len(begun) != 1 or self._called[name] != 1:
+            raise SplitError(
+                f"replay: activation checkpointing runs frozen layers again ({name!r}), and which forward and which "
+                "call it repeats is not known; call backward() after every forward, or checkpoint trained layers only"
+            )
+        return begun[0], 0
+
+    # --- stubs ---
+
+    def _stub(self, name: str) -> Rewrite:
+        planned = self.plan
+        calls = {number: call for (n, number), call in planned.closed.items() if n == name}
+
+        def make(_module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                current = self._pass
+                if current is None:
+                    current, number = self._recomputed(name)
+                elif current.numbers.inside:
+                    return own(*args, **kwargs)
+                else:
+                    number = current.numbers.next(name)
+                    self._watch_checkpointing(current)
+                call = calls.get(number)
+                if call is not None and (name, number) not in planned.again:
+                    return self._result(current, call, args, kwargs)
+                if call is None and (name, number) not in planned.constant:
+                    return own(*args, **kwargs)
+                current.numbers.inside = True
+                try:
+                    return own(*args, **kwargs)
+                finally:
+                    current.numbers.inside = False
+
+            return forward
+
+        return make
+
+    def _result(self, current: _Pass, call: ClosedCall, args: Any, kwargs: Any) -> Any:
+        """What a closed call returned, and what it wrote into its arguments."""
+        places, rows = self._places, current.rows
+        needs_arguments = call.written or any(kind == "argument" for kind, _ in call.leaves)
+        given = trees.leaves((args, kwargs)) if needs_arguments else []
+        for at, _number in call.written:
+            row = places.get(("written", call.name, call.number, at))
+            if row is None:
+                given[at].fill_(_bad(given[at].dtype))
+            else:
+                given[at].copy_(rows[row])
+        leaves: list[Any] = []
+        for at, (kind, what) in enumerate(call.leaves):
+            if kind == "constant":
+                leaves.append(what)
+            elif kind == "argument":
+                leaves.append(given[what])
+            else:
+                row = places.get(("output", call.name, call.number, at))
+                value = self.plan.values[what]
+                leaves.append(
+                    poisoned(current, value.spec, value.shape, value.dtype, value.written) if row is None else rows[row]
+                )
+        return call.structure.build(leaves)
+
+    def _boundary(self, arguments: dict[int, int], stub: Rewrite | None) -> Rewrite:
+        def make(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+            arrived = own if stub is None else stub(module, own)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                current = self._pass
+                if current is None:
+                    current, number = self._recomputed("\0boundary")
+                elif current.numbers.inside:
+                    return arrived(*args, **kwargs)
+                else:
+                    number = current.numbers.next("\0boundary")
+                    self._watch_checkpointing(current)
+                if number == 0:
+                    leaves, tree = pytree.tree_flatten((args, kwargs))
+                    for at, row in arguments.items():
+                        leaves[at] = current.rows[row]
+                    args, kwargs = pytree.tree_unflatten(leaves, tree)
+                return arrived(*args, **kwargs)
+
+            return forward
+
+        return make
+
+
+def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:
+    """One rewrite of a forward around another."""
+
+    def make(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        return outer(module, own if inner is None else inner(module, own))
+
+    return make
+
+
+class _Inputs:
+    """The model's arguments as the suffix calls it: rows, constants, and poison."""
+
+    def __init__(self, site: Site, planned: Plan, example: Example) -> None:
+        leaves, self._tree = pytree.tree_flatten((example.args, example.kwargs))
+        values = {v.place[3]: v for v in planned.values if v.place is not None and v.place[0] == "input"}
+        first = {id(leaves[at]): at for at in sorted(values, reverse=True)}  # one tensor may be given twice
+        self._leaves: list[tuple[int, Any]] = [
+            (first[id(leaf)], values[first[id(leaf)]]) if isinstance(leaf, Tensor) else (-1, leaf) for leaf in leaves
+        ]
+        self._stand_ins = {at: leaves[at].detach().clone() for at in planned.stand_ins}
+        for at, value in self._leaves:
+            if at >= 0 and value.spec is None and value.shape[:1] == (2,):
+                raise SplitError(
+                    f"replay: input {input_name(site, example, at)} has two dimensions that look like a batch"
+                )
+
+    def _stand_in(self, current: _Pass, at: int, value: Value) -> Tensor:
+        """The example's first sample, for every row."""
+        sample: Tensor = self._stand_ins[at].to(current.rows[0].device)
+        if value.spec is None:
+            return sample
+        return sample.narrow(value.spec.batch_dim, 0, 1).repeat_interleave(current.batch, value.spec.batch_dim)
+
+    def build(self, current: _Pass, places: dict[Place, int]) -> Any:
+        """Positional and keyword arguments."""
+        given = []
+        for at, what in self._leaves:
+            if at < 0:
+                given.append(what)
+                continue
+            row = places.get(("input", "", 0, at))
+            if row is None and at in self._stand_ins:
+                given.append(self._stand_in(current, at, what))
+            elif row is None:
+                given.append(poisoned(current, what.spec, what.shape, what.dtype, what.written))
+            else:
+                given.append(current.rows[row])
+        return pytree.tree_unflatten(given, self._tree)
+
+
+def poisoned(
+    current: _Pass, spec: BoundaryTensor | None, shape: tuple[int, ...], dtype: torch.dtype, written: bool
+) -> Tensor:
+    """What stands for a value that is not kept, with the batch of the rows."""
+    if spec is not None:
+        sizes = list(spec.shape)
+        if spec.folded:
+            sizes[spec.batch_dim] *= current.batch
+        else:
+            sizes.insert(spec.batch_dim, current.batch)
+        for dim, leaf, leaf_dim in spec.follows:
+            if leaf in current.inputs:
+                sizes[dim] = current.inputs[leaf][leaf_dim]
+        shape = tuple(sizes)
+    made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
+    return made
+
+
+def nan(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, writable: bool) -> Tensor:
+    """A value that shows where it is used: NaN, else the smallest integer; one element, seen as many."""
+    if writable:
+        return torch.full(shape, _bad(dtype), dtype=dtype, device=device)
+    return torch.full((), _bad(dtype), dtype=dtype, device=device).expand(shape)
+
+
+def _bad(dtype: torch.dtype) -> Any:
+    if dtype == torch.bool:
+        return False
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min

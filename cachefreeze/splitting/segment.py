@@ -1,0 +1,122 @@
+"""Segments: rows at one boundary -> rows at a deeper one, without the raw inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cachefreeze.errors import SplitError
+from cachefreeze.isolation import eval_mode, preserved_buffers
+from cachefreeze.splitting.planner import Plan, plan
+from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
+from cachefreeze.splitting.replay_suffix import ReplaySuffix, nan
+from cachefreeze.splitting.verification import close_rows
+
+if TYPE_CHECKING:
+    from cachefreeze.splitting import Parts
+
+
+class Segment(nn.Module):
+    """What lies between two boundaries: the model's own forward, from the rows of one to the rows of the other.
+
+    Shapes:
+        rows: One tensor per tensor of the shallower boundary -> one tensor, or a tuple, of the deeper boundary.
+    """
+
+    def __init__(self, shallower: Parts, deeper: Parts) -> None:
+        super().__init__()
+        site, example = shallower.origin
+        end = deeper.origin[0]
+        before, after = _plan(shallower), _plan(deeper)
+        self._taken = _matched(shallower, before, "taken")
+        self._given = _matched(deeper, after, "made")
+        self._notes = Notes(after)
+        names = {name for name, _ in after.closed.keys() | after.constant}
+        around = {name: self._notes.around(name) for name in names}
+        around[end.known_as] = self._notes.arriving(end.name, around.get(end.known_as))
+        self._after = after
+        # neither is registered: both hold what trains as well
+        self.__dict__["_suffix"] = ReplaySuffix(site, before, example, around)
+        self.__dict__["_model"] = site.model
+
+    def forward(self, *rows: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run what lies between, in eval mode and without gradients; rows may be written into."""
+        suffix: ReplaySuffix = self.__dict__["_suffix"]
+        model: nn.Module = self.__dict__["_model"]
+        notes = self._notes
+        notes.begin()
+        kept = [rows[at] for at in self._taken]
+        with eval_mode(model), preserved_buffers(model.modules()), torch.no_grad(), suppress(Reached):
+            suffix.run(kept, nan, notes.inputs)
+        found, tensors = notes.found, self._after.tensors
+        notes.begin()
+        if len(found) < len(tensors):
+            raise SplitError("a row of the deeper boundary is not made from rows of this one; fill it from the samples")
+        made = [spec.unfold(found[place]) for place, spec in zip(self._after.kept, tensors, strict=True)]
+        values = tuple(made[at] for at in self._given)
+        return values[0] if len(values) == 1 else values
+
+
+def make_segment(shallower: Parts, deeper: Parts) -> Segment:
+    """A verified segment.
+
+    Raises:
+        SplitError: The two are not splits of one model, the second is not deeper, or the rows of the first do not hold
+            what the second needs.
+    """
+    (site, example), (end, _) = shallower.origin, deeper.origin
+    if site.model is not end.model:
+        raise SplitError("segment_to() takes a split of the same model object; split both from one model")
+    if end.event <= site.event:
+        raise SplitError(
+            f"segment_to({end.name!r}): expected a boundary deeper than {site.name!r}; rows are made in the order of "
+            "the forward, so a shallower boundary is filled from the samples"
+        )
+    segment = Segment(shallower, deeper)
+    for count in (2, 3):
+        some = example.take([i % example.batch for i in range(count)])
+        rows = [row.clone() for row in _rows(some.fresh().call(shallower.prefix))]
+        got, wanted = _rows(segment(*rows)), _rows(some.fresh().call(deeper.prefix))
+        if not all(close_rows(a, b) for a, b in zip(wanted, got, strict=True)):
+            raise SplitError(
+                f"rows at {end.name!r} that are made from rows at {site.name!r} are not those made from the samples; "
+                "fill the deeper boundary from the samples"
+            )
+    return segment
+
+
+def _plan(parts: Parts) -> Plan:
+    return parts.suffix.plan if isinstance(parts.suffix, ReplaySuffix) else plan(*parts.origin)
+
+
+def _matched(parts: Parts, planned: Plan, what: str) -> list[int]:
+    """Which of a replay's values each row is, or which row each of a replay's values: told by content.
+
+    Another executor may keep what it keeps in another order, or something else.
+    """
+    if isinstance(parts.suffix, ReplaySuffix):
+        return list(range(len(planned.kept)))
+    site, example = parts.origin
+    some = example.take([0, 1])
+    rows = _rows(some.fresh().call(parts.prefix))
+    with site.mode(train=False):
+        values = _rows(some.fresh().call(ReplayPrefix(site, planned)))
+    wanted, have = (values, rows) if what == "taken" else (rows, values)
+    found = []
+    for tensor in wanted:
+        equal = [at for at, other in enumerate(have) if other.shape == tensor.shape and torch.equal(other, tensor)]
+        if not equal:
+            raise SplitError(
+                f"the rows at {site.name!r} were cut by {parts.executor!r}, and are not what a segment needs; fill the "
+                "deeper boundary from the samples"
+            )
+        found.append(equal[0])
+    return found
+
+
+def _rows(made: Any) -> Sequence[Tensor]:
+    return made if isinstance(made, tuple) else (made,)

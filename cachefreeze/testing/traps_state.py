@@ -1,0 +1,157 @@
+"""Traps of state: buffers, caches, attributes and hooks that a forward changes, weights made from weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cachefreeze.testing.trap_table import TrapTable, linear
+from cachefreeze.testing.traps import Chain, images, sequences
+
+table = TrapTable()
+
+
+def _counter(model: Any) -> None:
+    model.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+
+@table("mid", mid=linear(), setup=lambda m: m.register_buffer("mean", torch.zeros(6)))
+def moving_average_of_features(self: Any, x: Tensor) -> Any:
+    """An average of what the frozen part makes, kept by the root and used behind the boundary."""
+    y = self.stem(x)
+    z = self.mid(y)
+    if self.training:
+        self.mean.lerp_(y.detach().mean(0), 0.1)
+    return self.head(z - self.mean)
+
+
+@table("mid", inputs=sequences, mid=linear(), setup=lambda m: m.register_buffer("cached", None, persistent=False))
+def cached_mask_buffer(self: Any, x: Tensor) -> Any:
+    """A buffer that is None until the first forward."""
+    if self.cached is None or self.cached.shape[0] < x.shape[1]:
+        self.cached = torch.ones(x.shape[1], x.shape[1]).tril()
+    y = self.cached[: x.shape[1], : x.shape[1]] @ self.stem(x)
+    return self.head(self.cached[: x.shape[1], : x.shape[1]] @ self.mid(y))
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "scale", torch.tensor(2.0)))
+def plain_tensor_attribute(self: Any, x: Tensor) -> Any:
+    """A tensor that is neither parameter nor buffer."""
+    return self.head(self.mid(self.stem(x) * self.scale) * self.scale)
+
+
+@table(stem=lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=None)),
+       head=lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=None)))  # fmt: skip
+def cumulative_batch_norm(self: Any, x: Tensor) -> Any:
+    """Batch norm with a cumulative average on both sides."""
+    return self.head(self.stem(x))
+
+
+@table(stem=lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False)), norm=lambda: nn.BatchNorm1d(2))
+def batch_norm_without_weights(self: Any, x: Tensor) -> Any:
+    """Batch norm without weights before the boundary: no flag freezes it."""
+    return self.norm(self.head(self.stem(x)))
+
+
+@table(norm=lambda: nn.BatchNorm1d(6, affine=False))
+def batch_norm_without_weights_at_the_boundary(self: Any, x: Tensor) -> Any:
+    """Batch norm without weights between the last frozen layer and the boundary."""
+    return self.head(self.norm(self.stem(x)))
+
+
+@table(norm=lambda: nn.BatchNorm1d(2, track_running_stats=False))
+def batch_statistics_after(self: Any, x: Tensor) -> Any:
+    """Batch statistics even in eval mode, behind the boundary: they are not cached."""
+    return self.norm(self.head(self.stem(x)))
+
+
+@table(inputs=images, stem=lambda: nn.Conv2d(3, 4, 3), norm=lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+       head=linear(2, 4))  # fmt: skip
+def instance_norm_with_statistics(self: Any, x: Tensor) -> Any:
+    """Instance norm that keeps statistics, before the boundary."""
+    return self.head(self.norm(self.stem(x)).relu().mean((2, 3)))
+
+
+class _Norms(nn.Module):
+    """Batch norm called on two inputs in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.norm(x) * self.norm(y)
+        return out
+
+
+@table("norms", mid=linear(), norms=_Norms)
+def statistics_twice_a_step(self: Any, x: Tensor) -> Any:
+    """One batch norm moves twice a step: two crossing values go through it."""
+    y = self.stem(x)
+    return self.head(self.norms(y, x))
+
+
+def _hooked(kind: str) -> Any:
+    def setup(model: Any) -> None:
+        if kind == "forward":
+            model.mid.register_forward_hook(lambda _m, _a, out: out * 2)
+        elif kind == "prefix":
+            model.stem.register_forward_hook(lambda _m, _a, out: out.relu())
+        elif kind == "pre":
+            model.mid.register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+        elif kind == "keywords":
+            model.mid.register_forward_pre_hook(lambda _m, args, kw: ((args[0] * 3,), kw), with_kwargs=True)
+        elif kind == "backward":
+            model.mid.register_full_backward_hook(
+                lambda _m, grads, _out: tuple(g if g is None else g * 2 for g in grads)
+            )
+        elif kind == "root":
+            model.register_forward_hook(lambda _m, _a, out: out * 2)
+        elif kind == "root_pre":
+            model.register_forward_pre_hook(lambda _m, args: (args[0] * 2,))
+        elif kind == "tensor":
+            model.mid.weight.register_hook(lambda grad: grad * 3)
+
+    return setup
+
+
+def _stem_mid_head(self: Any, x: Tensor) -> Any:
+    return self.head(self.mid(self.stem(x)).relu())
+
+
+for _kind in ("forward", "prefix", "pre", "keywords", "backward", "root", "root_pre", "tensor"):
+    _stem_mid_head.__name__ = f"hook_{_kind}"
+    _stem_mid_head.__doc__ = f"A {_kind} hook."
+    table("mid", mid=linear(), setup=_hooked(_kind))(_stem_mid_head)
+
+
+def _forward_replaced(model: Any) -> None:
+    model.mid.forward = lambda x: functional.linear(x, model.mid.weight) * 2
+
+
+def _stem_forward_replaced(model: Any) -> None:
+    own = model.stem.forward
+    model.stem.forward = lambda x: own(x) * 2
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m.stem, "scale", 2.0))
+def attribute_of_a_frozen_module(self: Any, x: Tensor) -> Any:
+    """The forward reads a plain attribute of a frozen module behind the boundary."""
+    return self.head(self.mid(self.stem(x)) * self.stem.scale)
+
+
+table.add("batch_norm_eval_by_hand", lambda: _eval_norms(Chain()), images, "conv2")
+
+
+def _eval_norms(model: nn.Module) -> nn.Module:
+    """The user keeps every batch norm in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+TRAPS, REFUSED = table.traps, table.refused
