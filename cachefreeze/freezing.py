@@ -169,11 +169,10 @@ def boundary_of(model: nn.Module, usage: Usage) -> str | None:
     block = _block_holding(model, usage, parameter, event)
     start = min(event, boundary_event(model, block, usage))
     if not any(e < start for e in usage.parameters.values()):
-        # a norm that belongs to the first block may train alone
-        block = _member_holding(model, usage, parameter, block)
-        start = min(event, boundary_event(model, block, usage))
-        if not any(e < start for e in usage.parameters.values()):
+        finer = _finer_boundary(model, usage, parameter, event)
+        if finer is None:
             return None
+        block = finer
     asked = next((lock.train_from for lock in _locks(model) if lock.train_from), None)
     asked_event = usage.start(model, asked) if asked else None
     if asked is None or asked_event is None or asked_event > event:
@@ -274,10 +273,14 @@ def _block_holding(model: nn.Module, usage: Usage, parameter: str, event: int) -
     return later[0] if later else listed[-1].name
 
 
-def _member_holding(model: nn.Module, usage: Usage, parameter: str, name: str) -> str:
-    """The module of a block that holds ``parameter``: the block itself, or a norm that belongs to it."""
-    members = next(block.members for block in list_blocks(model, usage) if block.name == name)
-    return next((member for member in members if parameter in _parameter_names(model, member)), name)
+def _finer_boundary(model: nn.Module, usage: Usage, parameter: str, event: int) -> str | None:
+    """The outermost module around ``parameter`` before which something is frozen: the first block may train in part."""
+    for name in _paths_above(parameter):
+        if usage.first_call_of(model, name) is not None:
+            start = min(event, boundary_event(model, name, usage))
+            if any(e < start for e in usage.parameters.values()):
+                return name
+    return None
 
 
 def _match(model: nn.Module, patterns: Sequence[str], usage: Usage) -> list[str]:

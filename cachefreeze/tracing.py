@@ -235,6 +235,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
             f"{scripted or 'the model'!r} is a ScriptModule, whose calls and weights cannot be followed; put the plain "
             "module in its place"
         )
+    _refuse_lists_of_images(model)
     events = _Events(model)
 
     class _Parameters(TorchFunctionMode):
@@ -256,6 +257,22 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
         for handle in handles:
             handle.remove()
     return events.usage("inputs")
+
+
+def _refuse_lists_of_images(model: nn.Module) -> None:
+    """Detectors of torchvision take one image tensor a sample, and put them into one padded batch themselves."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "GeneralizedRCNNTransform":
+            padded = getattr(module, "fixed_size", None) is None
+            why = (
+                "pads a batch to its largest image, so a row would depend on its batch"
+                if padded
+                else "takes lists with one image and one target a sample, which no row can hold"
+            )
+            raise UsageError(
+                f"{name!r} ({type(module).__name__}) of {type(model).__name__} {why}; cache its backbone instead: "
+                "split(model.backbone, images) takes one tensor of images of equal size"
+            )
 
 
 def trace_usage(model: nn.Module) -> Usage:

@@ -52,6 +52,30 @@ def test_epoch_timings(tmp_path):
     assert "break-even" in header
 
 
+def test_split_coverage(tmp_path):
+    """Five models of three libraries: none is silently wrong, and a model that is random in eval mode is no failure."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    out, lines_file = tmp_path / "coverage.json", tmp_path / "coverage.jsonl"
+    lines = run("split_coverage.py", "--smoke", "--out", str(out), "--resume", str(lines_file))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    models = {(row["library"], row["name"]): row for row in found["models"]}
+    assert len(models) == 5
+    assert {library for library, _ in models} == {"torchvision", "timm", "transformers"}
+    cuts = [cut for row in models.values() for cut in row["cuts"]]
+    assert {cut["status"] for cut in cuts} == {"ok", "n/a"}
+    assert {cut["status"] for cut in models["transformers", "vit-mae"]["cuts"]} == {"n/a"}
+    assert "random" in models["transformers", "vit-mae"]["cuts"][0]["why"]
+    assert {cut["executor"] for cut in cuts if cut["status"] == "ok"} == {"fx", "replay"}
+    for cut in cuts:
+        assert cut["status"] != "ok" or 0 < cut["minimum_bytes"] <= 1.1 * cut["bytes"], cut
+    assert all(row["split_share"] in (1.0, None) for row in found["summary"].values())
+    # what is done is not run again
+    assert len(lines_file.read_text().splitlines()) == 5
+    assert json.loads(run("split_coverage.py", "--smoke", "--resume", str(lines_file))[-1])["models"] == found["models"]
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run("gpu.py", CUDA_VISIBLE_DEVICES="")

@@ -65,7 +65,6 @@ def gpt2() -> nn.Module:
         n_head=2,
         bos_token_id=1,
         eos_token_id=1,
-        use_cache=False,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -80,7 +79,7 @@ def t5() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2,
-        decoder_start_token_id=0, dropout_rate=0.1, use_cache=False,
+        decoder_start_token_id=0, dropout_rate=0.1,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 

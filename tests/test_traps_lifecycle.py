@@ -207,6 +207,13 @@ class TestAfter:
         parts.follow()
         assert_follows(model, parts)
 
+    def test_an_attribute_of_an_enclosing_module_is_changed_later(self, split):
+        """Between passes: the root's forward reads plain attributes and a config object behind the boundary."""
+        model, parts = split
+        model.scale, model.config.power = 0.5, 2
+        parts.follow()
+        assert_follows(model, parts)
+
     def test_a_replaced_module_is_noticed(self, split):
         model, parts = split
         model.head = nn.Linear(6, 2)

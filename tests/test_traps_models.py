@@ -23,7 +23,7 @@ from cachefreeze.tracing import Example
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
-    pytest.mark.filterwarnings("ignore:Use of masked_fill_ on expanded tensors is deprecated"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
 ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cachefreeze as cf
-from cachefreeze.errors import FreezeError, SplitError
+from cachefreeze.errors import FreezeError, SplitError, UsageError
 from cachefreeze.testing.exact import assert_exact, state_of
 from cachefreeze.testing.traps import Chain, Trap, images, sequences, vectors
 
@@ -57,11 +57,40 @@ def pairs() -> dict[str, Any]:
     return {"input_ids": ids, "pixel_values": images(3, 32), "return_loss": True}
 
 
+def wav2vec2(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, conv_dim=(8, 8),
+        conv_stride=(4, 4), conv_kernel=(8, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.3, mask_time_length=2, classifier_proj_size=8, num_labels=3,
+        **options,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForSequenceClassification(config)
+
+
+def waves() -> dict[str, Tensor]:
+    x = torch.randn(4, 400, generator=torch.Generator().manual_seed(1))
+    return {"input_values": x, "labels": torch.tensor([0, 1, 2, 0])}
+
+
+class TestRandomInTraining:
+    def test_layer_drop_of_a_frozen_layer(self):
+        """The encoder is half frozen: whether its frozen layers run is drawn in every step."""
+        words = ("'wav2vec2.encoder' (Wav2Vec2Encoder)", "random number", "LayerDrop", "set its rate to 0")
+        model = wav2vec2(layerdrop=0.5, apply_spec_augment=False)
+        assert_refused(model, waves(), SplitError, *words, train_from="wav2vec2.encoder.layers.1")
+
+    def test_random_masks_before_the_boundary(self):
+        words = ("'wav2vec2' (Wav2Vec2Model)", "random numbers", "numpy", "'wav2vec2.encoder'")
+        model = wav2vec2(layerdrop=0.0, apply_spec_augment=True)
+        assert_refused(model, waves(), SplitError, *words, train_from="wav2vec2.encoder")
+
+
 class TestRandomEvenInEval:
     @pytest.mark.parametrize("train_from", ["decoder", "vit.layers.1"])
     def test_vit_mae(self, train_from):
         """Its random masking is part of the forward: no row is fixed."""
-        words = (f"before {train_from!r} draws random numbers (torch) even in eval mode", "train from an earlier block")
+        words = ("(ViTMAE", f"draws random numbers (torch) before {train_from!r} even in eval mode", "an earlier block")
         assert_refused(vit_mae(), {"pixel_values": pixels()}, SplitError, *words, train_from=train_from)
 
 
@@ -159,12 +188,17 @@ class TestInsideABlock:
         parts = assert_exact(Trap(lambda: nn.Sequential(nn.Linear(6, 6), Decides()), vectors, "1"))
         assert parts.boundary.name == "1"
 
-    def test_a_projection_whose_weights_are_used_without_calling_it_is_named(self):
-        model = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
-        words = ("'self_attn.out_proj'", "never called")
-        assert_refused(model, sequences(), SplitError, *words, train_from="self_attn.out_proj")
-
     def test_a_recurrent_layer_is_one_block(self):
         model = nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 6, num_layers=2, batch_first=True))
         with pytest.raises(FreezeError, match="names no module of Sequential"):
             cf.freeze(model, "1.layer_2", example_inputs=sequences())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_module_is_named():
+    """Its calls cannot be followed: hooks on it are not allowed."""
+    model = nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 2))
+    with pytest.raises(UsageError, match=r"'0' is a ScriptModule.*put the plain module in its place"):
+        cf.freeze(model, "1", example_inputs=vectors())
+    with pytest.raises(UsageError, match="'0' is a ScriptModule"):
+        cf.split(model, vectors(), "1")

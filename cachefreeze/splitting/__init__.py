@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class Parts:
         boundary: Name of the first trainable block, and the tensors that cross.
         executor: Which executor made the cut.
         cached_fraction: Share of the forward's FLOPs that the cache removes, 0 to 1.
-        origin: Where the model was cut, and the inputs that the split was verified with.
         frozen_after: Names of frozen parameters that lie behind trainable ones, so that the cache spares them nothing.
+        origin: Where the model was cut, and the inputs that the split was verified with.
         inputs: Names of the leaves of the model's inputs, where samples have different lengths.
     """
 
@@ -55,7 +55,6 @@ class Parts:
     cached_fraction: float
     frozen_after: tuple[str, ...]
     origin: tuple[Site, Example] = field(repr=False)
-    _before: tuple[str, ...] = field(repr=False)
     inputs: tuple[str, ...] = ()
 
     @property
@@ -70,7 +69,9 @@ class Parts:
             StaleCacheError: A module was replaced after the split.
             FreezeError: What runs before the boundary is in train mode, which rows cannot follow.
         """
-        _check_modes(self.model, self._before, self.boundary.name)
+        site = self.origin[0]
+        if site.by_flags:
+            _check_modes(site)
         follow = getattr(self.suffix, "follow", None)
         if follow is not None:
             follow()
@@ -131,7 +132,7 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
         except SplitError as error:
             reasons.append(str(error))
             continue
-        return _parts(cut, site, example, executor.name, by_flags=train_from is None)
+        return _parts(cut, site, example, executor.name)
     raise SplitError("; ".join(dict.fromkeys(reasons)))
 
 
@@ -156,9 +157,8 @@ def split_padded(
     executor = ReplayExecutor()
     cut = executor.cut(site, example, batches[1][0].example)
     verify(cut, site, example)
-    check_reads(site, example)
     verify_padded(cut, site, batches)
-    return replace(_parts(cut, site, example, executor.name, by_flags=True), inputs=inputs)
+    return _parts(cut, site, example, executor.name, inputs)
 
 
 def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
@@ -177,18 +177,24 @@ def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> t
         )
     site = _site(model, name, usage, train_from is None)
     if train_from is None:
-        _check_modes(model, site.before, name)
+        _check_modes(site)
     _check_trainable(site)
     return site, example
 
 
-def _parts(cut: Cut, site: Site, example: Example, executor: str, *, by_flags: bool) -> Parts:
+def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[str, ...] = ()) -> Parts:
     model = site.model
-    boundary = Boundary(name=site.name, tensors=cut.tensors)
-    fraction = _cached_fraction(cut, model, example)
-    after = tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen)
-    held = site.before if by_flags else ()
-    return Parts(model, cut.prefix, cut.suffix, boundary, executor, fraction, after, (site, example), held)
+    return Parts(
+        model=model,
+        prefix=cut.prefix,
+        suffix=cut.suffix,
+        boundary=Boundary(name=site.name, tensors=cut.tensors),
+        executor=executor,
+        cached_fraction=_cached_fraction(cut, model, example),
+        frozen_after=tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen),
+        origin=(site, example),
+        inputs=inputs,
+    )
 
 
 def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
@@ -197,7 +203,7 @@ def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
         trainable = (e for n, e in usage.parameters.items() if model.get_parameter(n).requires_grad)
         event = min([event, *trainable])
     frozen = frozenset(n for n, used in usage.parameters.items() if used < event)
-    return Site(model, name, event, usage, tuple(runs_before(model, usage, event)), frozen)
+    return Site(model, name, event, usage, tuple(runs_before(model, usage, event)), frozen, by_flags)
 
 
 def _check_trainable(site: Site) -> None:
@@ -214,9 +220,10 @@ def _check_trainable(site: Site) -> None:
     )
 
 
-def _check_modes(model: nn.Module, before: tuple[str, ...], boundary: str) -> None:
+def _check_modes(site: Site) -> None:
     """Flags set by hand freeze no statistics and no dropout: say so rather than cache something else."""
-    for name in before:
+    model, boundary = site.model, site.name
+    for name in site.before:
         module = model.get_submodule(name)
         above = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
         if module.training and is_stochastic(module) and not any(is_locked(m) for m in (module, *above)):

@@ -108,6 +108,7 @@ class Site:
         usage: What a forward uses, in order.
         before: Modules that run before the boundary.
         frozen: Names of the parameters first used before it.
+        by_flags: Whether the boundary was read from ``requires_grad``, rather than asked for.
     """
 
     model: nn.Module
@@ -116,6 +117,7 @@ class Site:
     usage: Usage
     before: tuple[str, ...]
     frozen: frozenset[str]
+    by_flags: bool = True
 
     @property
     def first_call(self) -> Call | None:

@@ -19,15 +19,7 @@ from cachefreeze.errors import BatchDependentError, SplitError
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.padding import Padded, content, pad, unpad
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
-from cachefreeze.splitting.verification import (
-    close,
-    compare,
-    difference,
-    fresh_call,
-    rows_of,
-    suffix_of,
-    train_once,
-)
+from cachefreeze.splitting.verification import close, compare, difference, rows_of, suffix_of, train_once
 
 # Relative to the largest magnitude, in units of what one batch's rounding may differ by: another padded length is
 # another blocking of the same sums, and masked steps add exact zeros.
@@ -54,14 +46,13 @@ def verify_padded(cut: Cut, site: Site, batches: Sequence[tuple[Padded, Sequence
             outputs = []
             for batch, _ in batches[:2]:
                 random_state.restore()
-                outputs.append(fresh_call(site, batch.example.fresh().call, site.model))
+                outputs.append(trees.without_generation_caches(batch.example.fresh().call(site.model)))
             real = _Content(batches[0][0], batches[1][0], *outputs)
             for batch, _ in batches:
                 random_state.restore()
-                expected = real.of(fresh_call(site, batch.example.fresh().call, site.model), batch)
+                expected = real.of(batch.example.fresh().call(site.model), batch)
                 random_state.restore()
-                got = real.of(fresh_call(site, suffix_of, cut, _zeroed(cut, batch), site), batch)
-                _compare("eval output", expected, got, site)
+                _compare("eval output", expected, real.of(suffix_of(cut, _zeroed(cut, batch), site), batch), site)
         with site.mode(train=True), torch.enable_grad():
             for batch, _ in batches[:2]:
                 _compare_training(cut, site, batch, real)
@@ -164,7 +155,7 @@ class _Content:
 
     def of(self, output: Any, batch: Padded) -> Any:
         """The output with zeros on padded steps, so that they count neither in it nor in its gradient."""
-        leaves, structure = trees.flatten(trees.without_generation_caches(output))
+        leaves, tree = trees.flatten(trees.without_generation_caches(output))
         made = []
         for leaf, (batch_dim, follow) in zip(leaves, self._dims, strict=True):
             kept = leaf
@@ -176,4 +167,4 @@ class _Content:
                     shaped = real.reshape(*real.shape, *sizes).movedim((0, 1), (batch_dim, dim))
                     kept = torch.where(shaped, kept, kept.new_zeros(()))
             made.append(kept)
-        return structure.build(made)
+        return tree.build(made)

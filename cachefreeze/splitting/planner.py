@@ -46,14 +46,14 @@ class Plan:
     stand_ins: frozenset[int]
 
 
-def plan(site: Site, example: Example, *, shorter: Example | None = None) -> Plan:
+def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
     """Record and choose.
 
     Args:
         site: Where to cut.
-        example: Inputs; two and three of their samples are used.
-        shorter: Others that are padded to another length, where samples have different lengths. Raw inputs then cost
-            nothing and are all kept: a batch is collated anew each time.
+        example: The model's inputs; two and three of their samples are used.
+        shorter: Others that are padded to another length, where samples have different lengths: raw inputs then cost
+            nothing and are all kept, since a batch is collated anew each time.
 
     Raises:
         SplitError: The forward cannot be recorded alike at two batch sizes, or no rows can hold what crosses.
@@ -76,15 +76,15 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
     two, three = (record_at(site, example, samples, opened, train=True) for samples in (2, 3))
     compare(two, three, f"what runs before {site.name!r}")
     if shorter is not None:
-        follow_lengths(two, record_at(site, shorter, 2, opened, train=True), site.name)
+        follow_lengths(site, two, record_at(site, shorter, 2, opened, train=True))
     one_mode = record_at(site, example, 2, opened, train=False, live=frozenset(two.live))
     _take_specs(one_mode, two)
-    given = {value.place for value in two.values if value.place is not None and value.place[0] == "input"}
-    inputs = set() if shorter is None else given
+    inputs = {value.place for value in two.values if value.spec is not None and value.spec.input is not None}
     kept, again = _kept(two, site, example, inputs)
+    kept |= inputs
     # what is kept for one mode costs the other nothing
-    more, again_too = _kept(one_mode, site, example, inputs | kept)
-    order = {value.place: value for value in two.values if value.place in kept | more | inputs}
+    more, again_too = _kept(one_mode, site, example, kept)
+    order = {value.place: value for value in two.values if value.place in kept | more}
     places = tuple(place for place in order if place is not None)
     lost = next((p for p in places if p[0] in ("output", "written") and p[1:3] not in one_mode.closed), None)
     if lost is not None:
@@ -236,8 +236,8 @@ def _kept(
                 f"replay: input {input_name(site, example, place[3] if place else 0)} of shape {shape} has no batch "
                 f"dimension and is used after {site.name!r}, so no row can hold it; make it a constant of the model"
             )
-        spec = recording.values[obstacle].spec
-        what = "has no batch dimension" if spec is None else "follows the padded length in a way that no row can"
+        length = recording.values[obstacle].spec is not None
+        what = "follows the padded length in a way that no row can" if length else "has no batch dimension"
         raise OpenInstead(place[1], f"returns a tensor {shape} that {what} and is used after {site.name!r}")
     again = {key for key, call in recording.closed.items() if call.made & live}
     return {recording.values[number].place for number in kept}, again

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import Plan, input_name
 from cachefreeze.splitting.recording import ClosedCall, Place, Value
 from cachefreeze.splitting.replay_prefix import Numbers
@@ -28,17 +29,17 @@ class _Pass:
 
     Attributes:
         rows: What is kept, in the order of the boundary's tensors.
-        inputs: Shapes of the inputs that are kept, by their number.
+        input_shapes: Of the leaves of the model's inputs, which padded dimensions follow.
         checkpointed: Whether a stub was called under activation checkpointing, which calls it again in the backward.
         in_backward: Whether the backward of this pass has begun.
     """
 
     def __init__(self, rows: list[Tensor], batch: int, poison: Poison) -> None:
         self.rows = rows
-        self.inputs: dict[int, torch.Size] = {}
         self.batch = batch
         self.poison = poison
         self.numbers = Numbers()
+        self.input_shapes: list[tuple[int, ...]] = []
         self.grad = torch.is_grad_enabled()
         self.checkpointed = False
         self.in_backward = False
@@ -105,7 +106,6 @@ class ReplaySuffix(nn.Module):
         batch = rows[0].shape[spec.batch_dim]
         rows = [tensor.fold(row) for tensor, row in zip(self.plan.tensors, rows, strict=True)]
         current = self._pass = _Pass(rows, batch, poison)
-        current.inputs = {place[3]: rows[i].shape for place, i in self._places.items() if place[0] == "input"}
         args, kwargs = self._inputs.build(current, self._places)
         self._follow_attributes()
         try:
@@ -300,6 +300,7 @@ class _Inputs:
                 given.append(poisoned(current, what.spec, what.shape, what.dtype, what.written))
             else:
                 given.append(current.rows[row])
+        current.input_shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in given]
         return pytree.tree_unflatten(given, self._tree)
 
 
@@ -308,15 +309,7 @@ def poisoned(
 ) -> Tensor:
     """What stands for a value that is not kept, with the batch of the rows."""
     if spec is not None:
-        sizes = list(spec.shape)
-        if spec.folded:
-            sizes[spec.batch_dim] *= current.batch
-        else:
-            sizes.insert(spec.batch_dim, current.batch)
-        for dim, leaf, leaf_dim in spec.follows:
-            if leaf in current.inputs:
-                sizes[dim] = current.inputs[leaf][leaf_dim]
-        shape = tuple(sizes)
+        shape = sizes_at(spec, current.batch, current.input_shapes)
     made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
     return made
 

@@ -45,7 +45,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
         with site.mode(train=False), torch.no_grad():
             for some in pairs:
                 random_state.restore()  # a suffix may be random even in eval mode
-                expected = fresh_call(site, some.fresh().call, site.model)
+                expected = _fresh_call(site, some.fresh().call, site.model)
                 random_state.restore()
                 rows = rows_of(cut, some.fresh())
                 moved = random_state.moved()
@@ -54,7 +54,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
                         "so no row is fixed; train from an earlier block"
                     )
-                compare("eval output", expected, fresh_call(site, suffix_of, cut, rows, site), site)
+                compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site), site)
             _check_unwritten(cut, two, before, site)
             _check_separable(cut, site, two)
             _check_separable(cut, site, example)
@@ -63,7 +63,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                 _compare_training(cut, site, pairs[0], seed)
 
 
-def fresh_call(site: Site, function: Any, *arguments: Any) -> Any:
+def _fresh_call(site: Site, function: Any, *arguments: Any) -> Any:
     """A forward that starts from the model's state as it is, and leaves it so."""
     with preserved_state(site.model):
         return trees.without_generation_caches(function(*arguments))
@@ -157,7 +157,7 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
 
 
 def train_once(model: nn.Module, forward: Any, seed: int) -> tuple[Any, Any, Any, Any]:
-    """Output, gradients, buffers and random states of one seeded forward and backward."""
+    """Output, gradients, buffers and random states of one seeded forward and backward; all put back."""
     parameters = dict(model.named_parameters())
     grads = {name: p.grad for name, p in parameters.items()}
     with preserved_state(model), preserved_random_state():

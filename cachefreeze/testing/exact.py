@@ -178,7 +178,7 @@ def assert_equal(where: str, expected: Any, got: Any, tolerance: float = 0.0) ->
         assert isinstance(b, Tensor), f"{name}: a tensor against {type(b).__name__}"
         assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{name}: {a.shape} {a.dtype} against {b.shape} {b.dtype}"
         a, b = (t.to_dense() if t.is_sparse else t for t in (a, b))
-        if tolerance and a.is_floating_point():
+        if tolerance and (a.is_floating_point() or a.is_complex()):
             assert torch.allclose(a, b, tolerance, tolerance, equal_nan=True), f"{name}: off by {_largest(a, b):.3g}"
         else:
             assert torch.equal(a.isnan(), b.isnan()), f"{name}: NaN in other places"

@@ -132,6 +132,12 @@ def _root_replaced(model: Any) -> None:
     model.forward = lambda x: own(x) * 2
 
 
+@table("mid", mid=linear(), setup=_root_replaced)
+def root_forward_replaced(self: Any, x: Tensor) -> Any:
+    """The user has replaced the root's ``forward`` by one that encloses the old one."""
+    return self.head(self.mid(self.stem(x)))
+
+
 @table("mid", mid=linear())
 def method_called(self: Any, x: Tensor) -> Any:
     """A frozen module's ``forward`` is called without its ``__call__``."""
@@ -226,6 +232,14 @@ def checkpointed_dropout(self: Any, x: Tensor) -> Any:
     return self.head(x)
 
 
+@table("layers.1", inputs=sequences, layers=lambda: nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]), extra=linear())
+def checkpointed_reentrant(self: Any, x: Tensor) -> Any:
+    """Reentrant checkpointing, of a trained layer behind a trained layer."""
+    y = self.layers[1](self.layers[0](x))
+    y = checkpoint(self.layers[2], y, use_reentrant=True) if self.training else self.layers[2](y)
+    return self.head(self.extra(y))
+
+
 @table("layers.1", layers=lambda: nn.ModuleList([nn.Linear(6, 6) for _ in range(2)]))
 def checkpointed_across(self: Any, x: Tensor) -> Any:
     """One checkpointed function encloses frozen and trained layers."""
@@ -285,10 +299,6 @@ table.add(
 )
 
 
-def _jit() -> nn.Module:
-    return torch.jit.script(nn.Linear(6, 6))
-
-
 @table("mid", mid=linear())
 def generator_of_layers(self: Any, x: Tensor) -> Any:
     """Layers are called from a generator and by ``functools.reduce``."""
@@ -310,6 +320,13 @@ def looped_over_samples(self: Any, x: Tensor) -> Any:
     """The forward goes through its batch sample by sample before the boundary."""
     y = torch.stack([self.stem(row) for row in x])
     return self.head(self.mid(y))
+
+
+@table("mid", mid=linear())
+def looped_over_samples_after(self: Any, x: Tensor) -> Any:
+    """The forward goes through its batch sample by sample behind the boundary."""
+    y = self.stem(x)
+    return self.head(torch.stack([self.mid(row) for row in y]))
 
 
 @table("mid", mid=linear())

@@ -49,16 +49,16 @@ def frozen_late_layer(self: Any, x: Tensor) -> Any:
     return self.head(y)
 
 
+@table("", mid=linear(), setup=train_only("*.bias"), refused="frozen")
+def only_biases(self: Any, x: Tensor) -> Any:
+    """BitFit: the first block's bias trains, so nothing runs before the first trainable parameter."""
+    return self.head(self.mid(self.stem(x)))
+
+
 @table("", mid=linear(), setup=train_only("mid.bias", "head.bias"))
 def only_late_biases(self: Any, x: Tensor) -> Any:
     """Biases of the later layers train: their weights are frozen behind the boundary."""
     return self.head(self.mid(self.stem(x)).relu())
-
-
-@table("", inputs=sequences, mid=linear(), norm=lambda: nn.LayerNorm(6), setup=train_only("norm.*"))
-def only_a_norm(self: Any, x: Tensor) -> Any:
-    """A norm in the middle is all that trains."""
-    return self.head(self.mid(self.norm(self.stem(x))).relu())
 
 
 @table("", inputs=tokens, stem=lambda: nn.Embedding(11, 6), mid=linear(), setup=train_only("stem.*", "head.*"),
@@ -142,6 +142,16 @@ def _prompt(model: Any) -> None:
     train_only("prompt", "head.*")(model)
 
 
+@table("", inputs=sequences, layers=_layers(2), setup=_prompt)
+def prompt_in_the_middle(self: Any, x: Tensor) -> Any:
+    """A trainable prompt of the root is joined behind the frozen stem."""
+    y = self.stem(x)
+    y = torch.cat([self.prompt.expand(x.shape[0], -1, -1), y], 1)
+    for layer in self.layers:
+        y = layer(y).relu().cumsum(1)
+    return self.head(y[:, -1])
+
+
 @table("", inputs=sequences, layers=_layers(2), setup=_prompt, refused="frozen")
 def prompt_at_the_input(self: Any, x: Tensor) -> Any:
     """A trainable prompt of the root is joined to the inputs: nothing runs before it."""
@@ -170,9 +180,26 @@ def _past(model: Any) -> None:
     train_only("past.*")(model)
 
 
+@table(
+    "", inputs=sequences, blocks=lambda: nn.ModuleList([_KeyValues() for _ in range(3)]), setup=_past, tolerance=1e-6
+)
+def prefix_tuning(self: Any, x: Tensor) -> Any:
+    """Prefix tuning: trainable keys and values enter the last block, everything else is frozen."""
+    y = self.stem(x)
+    for at, block in enumerate(self.blocks):
+        y = block(y, self.past[0] if at == 2 else None)
+    return self.head(y)
+
+
 def _gate(model: Any) -> None:
     model.gate = nn.Parameter(torch.zeros(6))
     train_only("gate", "head.*")(model)
+
+
+@table("", mid=linear(), setup=_gate)
+def gate_of_the_root(self: Any, x: Tensor) -> Any:
+    """A trainable gate of the root scales what the frozen stem makes."""
+    return self.head(self.mid(self.stem(x) * self.gate.sigmoid()))
 
 
 def _tied(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -82,14 +81,6 @@ def positional_none(self: Any, x: Tensor, bias: Tensor | None, mask: Tensor) -> 
 
 
 Tagged = namedtuple("Tagged", ["value", "kind"])
-
-
-@dataclasses.dataclass
-class Output:
-    """A dataclass that pytree does not know."""
-
-    logits: Tensor
-    features: Tensor | None = None
 
 
 @table("mid", mid=linear())

@@ -227,6 +227,33 @@ def straight_through(self: Any, x: Tensor) -> Any:
     return self.head(z + (z.round() - z).detach())
 
 
+@table("mid", inputs=sequences, mid=linear())
+def vmapped(self: Any, x: Tensor) -> Any:
+    """A frozen and a trained function under ``vmap``."""
+    y = torch.vmap(lambda row: row - row.mean(0))(self.stem(x))
+    return self.head(torch.vmap(lambda row: row * row.amax(0))(self.mid(y)))
+
+
+@table("mid", mid=linear())
+def input_gradient(self: Any, x: Tensor) -> Any:
+    """The forward differentiates through its own trained layers (a penalty on gradients)."""
+    y = self.stem(x)
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        z = self.mid(y).tanh()
+        (grad,) = torch.autograd.grad(z.sum(), y, create_graph=True)
+    return self.head(z + grad)
+
+
+@table("mid", mid=linear())
+def raw_operators(self: Any, x: Tensor) -> Any:
+    """``torch.ops.aten`` called by hand on both sides, in a forward that no trace can read."""
+    y = torch.ops.aten.relu.default(self.stem(x))
+    if float(self.stem.weight.detach().sum()) > -1e3:
+        y = torch.ops.aten.mul.Tensor(y, x)
+    return self.head(torch.ops.aten.tanh.default(self.mid(y)) + y)
+
+
 @table("mid", inputs=tokens, stem=lambda: nn.EmbeddingBag(11, 6), mid=linear())
 def embedding_bag(self: Any, ids: Tensor) -> Any:
     """An embedding bag."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -75,6 +77,51 @@ def layer_drop(self: Any, x: Tensor) -> Any:
         if torch.rand(()) > 0.5:
             x = layer(x)
     return self.head(self.stem(x))
+
+
+@table("mid", mid=lambda: nn.Linear(6, 6), refused="random")
+def layer_drop_frozen_in_training(self: Any, x: Tensor) -> Any:
+    """LayerDrop of a frozen layer in train mode."""
+    y = self.stem(x)
+    if not self.training or torch.rand(()) > 0.5:
+        y = self.stem(y)
+    y = self.mid(y)
+    return self.head(y)
+
+
+@table("mid", mid=lambda: nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]))
+def layer_drop_after(self: Any, x: Tensor) -> Any:
+    """LayerDrop of all trained layers in train mode: the boundary itself may be skipped."""
+    y = self.stem(x)
+    for layer in self.mid:
+        if not self.training or torch.rand(()) > 0.5:
+            y = layer(y)
+    return self.head(y)
+
+
+@table("mid", mid=linear(), extra=linear(), tail=linear())
+def layer_drop_behind(self: Any, x: Tensor) -> Any:
+    """One trained layer is skipped at random in train mode."""
+    y = self.mid(self.stem(x))
+    if not self.training or torch.rand(()) > 0.5:
+        y = self.extra(y)
+    return self.head(y)
+
+
+@table("mid", mid=linear(), extra=linear())
+def dropped_with_python_random(self: Any, x: Tensor) -> Any:
+    """One trained layer is skipped by Python's random in train mode."""
+    y = self.mid(self.stem(x))
+    if not self.training or random.random() > 0.5:
+        y = self.extra(y)
+    return self.head(y)
+
+
+@table("mid", mid=linear(), extra=linear())
+def scaled_by_numpy_random(self: Any, x: Tensor) -> Any:
+    """A scale is drawn from numpy in train mode, behind the boundary."""
+    y = self.mid(self.stem(x))
+    return self.head(y * float(np.random.rand()) if self.training else y)  # noqa: NPY002 - the global state is the trap
 
 
 TRAPS, REFUSED = table.traps, table.refused

@@ -105,6 +105,17 @@ def collate_by_hand() -> DataLoader[Any]:
     return loader(Items(pair), collate_fn=lambda s: (torch.stack([x for x, _ in s]), torch.stack([y for _, y in s])))
 
 
+@table(refused="depend on the others|order")
+def collate_sorts() -> DataLoader[Any]:
+    """The collate function sorts its samples, the largest first; the first samples of the dataset are in order."""
+
+    def collate(samples: list[Any]) -> Any:
+        return default_collate(sorted(samples, key=lambda s: -float(s[0][0])))
+
+    ordered = values()[values()[:, 0].argsort(descending=True)]
+    return loader(Items(lambda i: (ordered[i], i % 3)), collate_fn=collate)
+
+
 @table(refused="belongs to the batch|samples|rows")
 def collate_repeats() -> DataLoader[Any]:
     """The collate function hands out every sample twice."""

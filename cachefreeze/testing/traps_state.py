@@ -18,6 +18,33 @@ def _counter(model: Any) -> None:
     model.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
 
+@table(setup=_counter)
+def counted(self: Any, x: Tensor) -> Any:
+    """The root counts its training steps in a buffer, before the boundary."""
+    if self.training:
+        self.calls += 1
+    return self.head(self.stem(x))
+
+
+@table("mid", mid=linear(), setup=_counter)
+def counted_after(self: Any, x: Tensor) -> Any:
+    """The root counts its training steps in a buffer, behind the boundary, and scales by it."""
+    z = self.mid(self.stem(x))
+    if self.training:
+        self.calls += 1
+    return self.head(z / (1 + self.calls))
+
+
+@table("mid", mid=linear(), setup=_counter)
+def count_read_before(self: Any, x: Tensor) -> Any:
+    """A buffer that the suffix changes is read before the boundary."""
+    scale = 1.0 + self.calls
+    z = self.mid(self.stem(x))
+    if self.training:
+        self.calls.add_(1)
+    return self.head(z * scale)
+
+
 @table("mid", mid=linear(), setup=lambda m: m.register_buffer("mean", torch.zeros(6)))
 def moving_average_of_features(self: Any, x: Tensor) -> Any:
     """An average of what the frozen part makes, kept by the root and used behind the boundary."""
@@ -26,6 +53,75 @@ def moving_average_of_features(self: Any, x: Tensor) -> Any:
     if self.training:
         self.mean.lerp_(y.detach().mean(0), 0.1)
     return self.head(z - self.mean)
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "seen", 0))
+def counted_in_an_attribute(self: Any, x: Tensor) -> Any:
+    """A Python number counts the training steps; the loss is annealed by it."""
+    z = self.mid(self.stem(x))
+    if self.training:
+        self.seen += 1
+    return self.head(z) / (1 + self.seen)
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "seen", 0))
+def changes_after_some_steps(self: Any, x: Tensor) -> Any:
+    """A Python number counts the forwards in train mode; after five of them the forward changes."""
+    z = self.mid(self.stem(x))
+    if self.training:
+        self.seen += 1
+        if self.seen > 5:
+            z = z.relu()
+    return self.head(z)
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "history", []))
+def changes_with_a_list(self: Any, x: Tensor) -> Any:
+    """A Python list grows with every forward; from eight entries on the forward changes."""
+    z = self.mid(self.stem(x))
+    self.history.append(x.shape[0])
+    return self.head(z.relu() if len(self.history) > 8 else z)
+
+
+@table("mid", mid=linear(), setup=lambda m: m.register_buffer("calls", torch.zeros((), dtype=torch.long)))
+def changes_with_a_buffer(self: Any, x: Tensor) -> Any:
+    """A buffer counts the steps in train mode; after five of them the forward changes."""
+    z = self.mid(self.stem(x))
+    if self.training:
+        self.calls += 1
+        if self.calls > 5:
+            z = z.relu()
+    return self.head(z)
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "last", None))
+def keeps_its_features(self: Any, x: Tensor) -> Any:
+    """The forward leaves its features in an attribute and reads them back."""
+    y = self.stem(x)
+    self.last = y
+    z = self.mid(y)
+    return self.head(z + self.last)
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "losses", []))
+def collects_losses(self: Any, x: Tensor) -> Any:
+    """The forward collects auxiliary losses in a list of its own and empties it."""
+    self.losses.clear()
+    y = self.stem(x)
+    self.losses.append(y.square().mean(1))
+    z = self.mid(y)
+    self.losses.append(z.square().mean(1))
+    return self.head(z) + sum(self.losses)[:, None]
+
+
+@table("mid", inputs=sequences, mid=linear(), setup=lambda m: setattr(m, "tables", {}))
+def cached_positions(self: Any, x: Tensor) -> Any:
+    """Positions are made on first use and kept in a dict by length."""
+    length = x.shape[1]
+    if length not in self.tables:
+        self.tables[length] = torch.arange(length, dtype=x.dtype)[None, :, None] / length
+    y = self.stem(x) + self.tables[length]
+    return self.head(self.mid(y) + self.tables[length])
 
 
 @table("mid", inputs=sequences, mid=linear(), setup=lambda m: m.register_buffer("cached", None, persistent=False))

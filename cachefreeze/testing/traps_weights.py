@@ -178,6 +178,12 @@ def embedding_max_norm_trained(self: Any, ids: Tensor) -> Any:
     return self.head(self.stem(ids) + self.embed(ids))
 
 
+@table("embed", inputs=tokens, stem=lambda: nn.Embedding(11, 6), embed=lambda: nn.Embedding(11, 6, sparse=True))
+def sparse_gradients(self: Any, ids: Tensor) -> Any:
+    """The trained embedding has sparse gradients; the ids cross."""
+    return self.head(self.stem(ids) + self.embed(ids))
+
+
 class _Lazy(nn.Module):
     """Makes a weight on first use."""
 

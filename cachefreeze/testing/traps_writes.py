@@ -335,6 +335,14 @@ def viewed_as_complex(self: Any, x: Tensor) -> Any:
     return self.head(z + turned.abs().repeat(1, 2))
 
 
+@table("mid", mid=linear())
+def real_and_imaginary(self: Any, x: Tensor) -> Any:
+    """A complex value crosses."""
+    y = torch.complex(self.stem(x), x)
+    z = self.mid(y.real)
+    return self.head(z + y.imag * y.abs())
+
+
 @table("mid", mid=careful())
 def foreach_written(self: Any, x: Tensor) -> Any:
     """``torch._foreach_add_`` writes into a list of crossing values."""
