@@ -73,7 +73,7 @@ def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
 
 
 def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example | None) -> Plan:
-    two, three = (record_at(site, example, samples, opened, train=True) for samples in (2, 3))
+    two, three = (record_at(site, example, count, opened, train=True) for count in (2, 3))
     compare(two, three, f"what runs before {site.name!r}")
     if shorter is not None:
         follow_lengths(site, two, record_at(site, shorter, 2, opened, train=True))
@@ -81,7 +81,7 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
     _take_specs(one_mode, two)
     inputs = {value.place for value in two.values if value.spec is not None and value.spec.input is not None}
     kept, again = _kept(two, site, example, inputs)
-    kept |= inputs
+    kept |= inputs | _kept_otherwise(site, example, opened, two)
     # what is kept for one mode costs the other nothing
     more, again_too = _kept(one_mode, site, example, kept)
     order = {value.place: value for value in two.values if value.place in kept | more}
@@ -108,8 +108,9 @@ def record_at(
     *,
     train: bool,
     live: frozenset[tuple[str, int]] = frozenset(),
+    contrary: bool = False,
 ) -> Recording:
-    """One forward with ``count`` samples, in train or eval mode behind the boundary."""
+    """One forward with ``count`` samples, of which two differ, in train or eval mode behind the boundary."""
     first = site.first_call
     trainable = frozenset(id(p) for n, p in site.model.named_parameters() if n not in site.frozen and p.requires_grad)
     rules = Rules(
@@ -118,8 +119,9 @@ def record_at(
         boundaries={first.start if first is not None else -1: site.name},
         trainable=trainable,
         live=live,
+        contrary=contrary,
     )
-    some = example.take([i % example.batch for i in range(count)])
+    some = example.take([i % 2 for i in range(count)])
     with (
         preserved_random_state(),
         preserved_state(site.model),
@@ -153,20 +155,19 @@ def compare(two: Recording, three: Recording, what: str) -> None:
     Raises:
         SplitError: They are not.
     """
-    same = two.operations == three.operations and len(two.values) == len(three.values)
+    same = two.operations == three.operations and two.count_before() == three.count_before()
     if not same and two.settled == three.settled and len(two.boundaries) == 1:
         # glue that goes through its batch sample by sample right before the boundary belongs to the suffix
-        when, values, operations = two.settled
+        when, _, operations = two.settled
         same = two.operations[:operations] == three.operations[:operations]
         for recording in (two, three):
             recording.boundaries = dict.fromkeys(recording.boundaries, when)
-        del three.values[values:]
     if not same or two.closed.keys() != three.closed.keys():
         raise SplitError(
             f"replay: {what} depends on the number of samples in a batch, so no row is independent of its batch; "
             "train from an earlier block"
         )
-    for a, b in zip(two.values, three.values, strict=False):
+    for a, b in zip(two.values[: two.count_before()], three.values, strict=False):
         moving = [d for d, (x, y) in enumerate(zip(a.shape, b.shape, strict=False)) if x != y]
         if len(moving) == 1 and a.tensor is not None:
             a.spec = BoundaryTensor.at(a.tensor, moving[0], a.shape[moving[0]], b.shape[moving[0]])
@@ -241,6 +242,29 @@ def _kept(
         raise OpenInstead(place[1], f"returns a tensor {shape} that {what} and is used after {site.name!r}")
     again = {key for key, call in recording.closed.items() if call.made & live}
     return {recording.values[number].place for number in kept}, again
+
+
+def _kept_otherwise(
+    site: Site, example: Example, opened: frozenset[str], recorded: Recording
+) -> set[Place | None]:
+    """Inputs that are used where ids and masks answer otherwise than the example's: a batch without padding skips its
+    mask, and the next one has padding.
+
+    Where the other way cannot be gone with these inputs, everything is kept that decides on it.
+    """
+    asked = {("input", "", 0, at) for at in _glanced_inputs(recorded, site.name)}
+    if not asked:
+        return set()
+    fitting = {v.place for v in recorded.values if v.place in asked and fits_a_row(v.spec)}
+    try:
+        other = record_at(site, example, 2, opened, train=False, live=frozenset(recorded.live), contrary=True)
+        _take_specs(other, recorded)
+        kept, _, obstacle = minimum_cut(other, site.name)
+    except Exception:  # whatever the model's forward raises on inputs that do not go with the answer
+        return set(fitting)
+    if obstacle is not None:
+        return set(fitting)
+    return {other.values[number].place for number in kept} & fitting
 
 
 def _glanced_inputs(recording: Recording, block: str) -> frozenset[int]:

@@ -120,6 +120,11 @@ class Recording:
     operations: list[str] = field(default_factory=list)
     settled: tuple[int, int, int] = (0, 0, 0)
 
+    def count_before(self) -> int:
+        """Number of values made before the last boundary: what comes after it may be left to chance."""
+        last = max(self.boundaries.values(), default=0)
+        return sum(value.made < last for value in self.values)
+
     def needed(self, block: str) -> set[int]:
         """Values made before a boundary that are used from it on, or that glue before it reads into Python."""
         start = self.boundaries[block]
@@ -148,6 +153,8 @@ class Rules:
         trainable: Ids of parameters whose use in glue is a boundary too: of the only block in ``boundaries``.
         live: Calls by module name and number that are glue: chance decides in train mode what they are given.
         strict: Refuse what makes rows depend on a batch or on chance; without, only look.
+        contrary: Give the opposite answer where glue asks ids and masks for a truth value: what the way that the
+            example does not take would use.
     """
 
     usage: Usage
@@ -156,6 +163,7 @@ class Rules:
     trainable: frozenset[int] = frozenset()
     live: frozenset[tuple[str, int]] = frozenset()
     strict: bool = True
+    contrary: bool = False
 
 
 def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[str] = ()) -> Recording:
@@ -473,6 +481,8 @@ class _Recorder(TorchFunctionMode):
             self._refuse_eval_draw()
         if pure and not made and not written:
             self.recording.glanced.append((self._tick(), self._value_numbers(given)))
+            if self._rules.contrary and isinstance(result, bool) and not self._ended:
+                return not result
         else:
             self._glue(name, given, made, written, drew=drew)
         if drew or any(id(leaf) in self._drawn for leaf in given):

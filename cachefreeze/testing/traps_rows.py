@@ -98,7 +98,7 @@ def windows(self: Any, x: Tensor) -> Any:
     return self.head(self.mid(y)).view(x.shape[0], 4, 4, 6)
 
 
-@table("mid", mid=linear(), refused="no single dimension is the batch|no batch dimension")
+@table("mid", mid=linear(), refused="other samples of its batch")
 def doubled_batch(self: Any, x: Tensor) -> Any:
     """Two views of every sample are concatenated along the batch."""
     y = self.stem(torch.cat([x, x.flip(1)]))
@@ -113,7 +113,7 @@ def frames_unfolded(self: Any, x: Tensor) -> Any:
     return self.head(self.mid(y).mean(1) + y[:, 0])
 
 
-@table("mid", inputs=sequences, mid=linear(), refused="no single dimension is the batch|no batch dimension")
+@table("mid", inputs=sequences, mid=linear(), refused="other samples of its batch")
 def frames_time_major(self: Any, x: Tensor) -> Any:
     """Time-major frames are folded into the batch for the frozen part: a sample's rows are apart."""
     y = self.stem(x.transpose(0, 1).flatten(0, 1))
