@@ -111,7 +111,9 @@ def _opens(module: nn.Module) -> bool:
     if isinstance(module, CONTAINERS):
         # conv + norm + activation is one layer, whatever its class; two layers are two blocks
         return _weight_layers(module) > 1
-    weights = sum(p.numel() for p in module.parameters())
+    # a vocabulary may hold more weights than all layers of a small language model, and is no layer
+    looked_up = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    weights = sum(p.numel() for p in module.parameters() if id(p) not in looked_up)
     stacked = sum(sum(p.numel() for p in child.parameters()) for child in module.children() if _is_stack(child))
     return 2 * stacked > weights
 

@@ -141,7 +141,7 @@ def ladder(sizes: Tensor, lengths: Tensor) -> tuple[int, int, int] | None:
         lengths: (n, axes) how much of it is content.
 
     Returns:
-        Their positions, the last two as long as possible; None where there are no such three.
+        Their positions, the third as long and the second as average as possible; None where there are no such three.
     """
     order = sorted(range(len(sizes)), key=lambda i: int(lengths[i].sum()))
     padded, content_of = sizes.tolist(), lengths.tolist()
@@ -149,8 +149,10 @@ def ladder(sizes: Tensor, lengths: Tensor) -> tuple[int, int, int] | None:
     def below(values: list[list[int]], a: int, b: int) -> bool:
         return all(x < y for x, y in zip(values[a], values[b], strict=True))
 
+    # a length that is rounded on its way (by a stride) shows itself where the two differ by much
+    central = [order[at] for at in sorted(range(len(order)), key=lambda at: abs(at - len(order) // 2))]
     for longest in reversed(order):
-        for middle in reversed(order):
+        for middle in central:
             if below(padded, middle, longest):
                 shortest = next((i for i in order if below(content_of, i, middle)), None)
                 if shortest is not None:

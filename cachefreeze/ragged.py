@@ -7,6 +7,7 @@ with ``pad_to_multiple_of``) are padding too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,10 +184,8 @@ def _scan(
     codec: ItemCodec,
 ) -> _Scan:
     order = sorted(places)
-    sizes = {place: torch.zeros(count, dtype=torch.int64) for place in order}
-    ends = {place: torch.zeros(count, 2, dtype=torch.int64) for place in order}
-    edges = {place: torch.zeros(count, 2, dtype=torch.float64) for place in order}
-    item_bytes = torch.zeros(count, dtype=torch.int64)
+    found = {place: np.zeros((count, 5)) for place in order}
+    item_bytes = np.zeros(count, np.int64)
     items, inputs = xxhash.xxh3_128(), xxhash.xxh3_128()
     fixed: list[Any] | None = None
     for index, item in _each(fetch, count):
@@ -203,10 +202,15 @@ def _scan(
             inputs.update(str(tuple(leaf.shape)).encode() if isinstance(leaf, Tensor) else digest(leaf).encode())
             inputs.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else b"")
         for place in order:
-            row = leaves[place[0]].movedim(place[1], 0)
-            sizes[place][index] = len(row)
-            ends[place][index], edges[place][index] = _run(row)
-    return _Scan(sizes, ends, edges, item_bytes, (items.hexdigest(), inputs.hexdigest()))
+            found[place][index] = _ends(leaves[place[0]].movedim(place[1], 0))
+    columns = {place: torch.from_numpy(values) for place, values in found.items()}
+    return _Scan(
+        sizes={place: values[:, 0].long() for place, values in columns.items()},
+        ends={place: values[:, 1:3].long() for place, values in columns.items()},
+        edges={place: values[:, 3:] for place, values in columns.items()},
+        item_bytes=torch.from_numpy(item_bytes),
+        digests=(items.hexdigest(), inputs.hexdigest()),
+    )
 
 
 def _fixed(leaf: Any, padded: set[int]) -> Any:
@@ -214,17 +218,17 @@ def _fixed(leaf: Any, padded: set[int]) -> Any:
     return [-1 if d in padded else n for d, n in enumerate(leaf.shape)] if isinstance(leaf, Tensor) else leaf
 
 
-def _run(row: Tensor) -> tuple[Tensor, Tensor]:
-    """How many equal steps a row begins and ends with, and their value; (steps, *rest) -> (2,), (2,)."""
-    steps = row.double().reshape(len(row), -1).numpy() if row.numel() else np.zeros((0, 1))
-    if not steps.size:
-        return torch.zeros(2, dtype=torch.int64), torch.full((2,), float("nan"), dtype=torch.float64)
-    edges = [steps[0, 0], steps[-1, 0]]
+def _ends(row: Tensor) -> tuple[float, ...]:
+    """Of (steps, *rest): its steps, how many equal ones it begins and ends with, and their values."""
+    if not row.numel():
+        return len(row), 0, 0, math.nan, math.nan
+    steps = row.reshape(len(row), -1).double().cpu().numpy()
+    edges = steps[0, 0], steps[-1, 0]
     runs = []
     for ordered, edge in zip((steps, steps[::-1]), edges, strict=True):
-        other = np.flatnonzero((ordered != edge).any(axis=1))
-        runs.append(int(other[0]) if len(other) else len(steps))
-    return torch.tensor(runs), torch.tensor(edges, dtype=torch.float64)
+        other = (ordered != edge).any(axis=1)
+        runs.append(int(other.argmax()) if other.any() else len(steps))
+    return len(row), *runs, *edges
 
 
 def _each(fetch: Callable[[Sequence[int]], list[Any]], count: int) -> Iterator[tuple[int, Any]]:

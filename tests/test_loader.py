@@ -343,9 +343,14 @@ def summing(samples):
     return torch.stack([s[0] for s in samples]), torch.tensor([s[1] for s in samples]).sum()
 
 
+def ascending(samples):
+    return torch.utils.data.default_collate(sorted(samples, key=lambda sample: sample[1]))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
+        (lambda: DataLoader(Numbered(), 4, collate_fn=ascending), BatchDependentError, "does not keep their order"),
         (lambda: DataLoader(Stream(), 4), LoaderError, "iterable"),
         (lambda: DataLoader(Numbered(), batch_size=None), LoaderError, "batch_size=None"),
         (lambda: [1, 2], LoaderError, "DataLoader"),

@@ -128,9 +128,10 @@ def test_order_draws_and_batches_are_the_dataloaders(persistent):
     assert loader.source == "cached"
 
 
-def test_rows_are_padded_as_the_batch_is():
+@pytest.mark.parametrize("store", ["host", "device"])
+def test_rows_are_padded_as_the_batch_is(store):
     """A batch is padded to its own longest text, not to that with which its rows were made."""
-    engine, loader = cached(sampler=range(37), batch_size=7, case=replace(RIGHT, collate=Pad(multiple=4)))
+    engine, loader = cached(store, sampler=range(37), batch_size=7, case=replace(RIGHT, collate=Pad(multiple=4)))
     engine.cache.fill(loader)
     plain = DataLoader(Texts(), 7, collate_fn=Pad(multiple=4))
     for given, batch in zip(plain, loader, strict=True):
@@ -206,7 +207,7 @@ def files_after(tmp_path, data, pad, **options):
     return len(list(tmp_path.glob("*.h5")))
 
 
-@pytest.mark.parametrize("change", ["item", "length", "order", "side", "multiple", "collate"])
+@pytest.mark.parametrize("change", ["item", "length", "order", "beside", "side", "multiple", "collate"])
 def test_a_change_of_the_data_or_of_the_padding_is_a_miss(change, tmp_path):
     pad = Pad(positions=True)
     assert files_after(tmp_path, Texts(), pad) == 1
@@ -218,6 +219,8 @@ def test_a_change_of_the_data_or_of_the_padding_is_a_miss(change, tmp_path):
         data.ids[31].pop()
     elif change == "order":
         data.ids[30], data.ids[31] = data.ids[31], data.ids[30]
+    elif change == "beside":  # of nothing that the model consumes
+        data.title = "another text"
     elif change == "side":
         pad = replace(pad, left=True)
     elif change == "multiple":

@@ -201,3 +201,14 @@ def test_left_padding_that_reaches_rows_or_the_loss_is_refused(collator, error, 
     cf.freeze(model, "transformer.h.1", example_inputs=dict(collate([data[0], data[1]])))
     with pytest.raises(error, match=words):
         cf.Engine(model, "host").loader(DataLoader(data, 4, collate_fn=collate))
+
+
+def test_a_vocabulary_larger_than_all_layers_is_opened_into_blocks():
+    """As in small pretrained encoders, half of whose weights are word embeddings."""
+    config = transformers.BertConfig(
+        vocab_size=5000, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForSequenceClassification(config)
+    example = {"input_ids": torch.ones(2, 4, dtype=torch.int64)}
+    names = [block.name for block in cf.blocks(model, example)]
+    assert {"bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"} <= set(names)

@@ -33,6 +33,7 @@ class Texts(Dataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(3, 18, (count,), generator=generator).tolist()
         self.lengths = list(lengths) if lengths is not None else drawn
+        self.title = "text"
         self.ids = [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in self.lengths]
 
     def __len__(self) -> int:
@@ -40,7 +41,12 @@ class Texts(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ids = list(self.ids[index])
-        return {"ids": ids, "tags": [i % CLASSES for i in ids], "label": sum(ids) % CLASSES, "name": f"text {index}"}
+        return {
+            "ids": ids,
+            "tags": [i % CLASSES for i in ids],
+            "label": sum(ids) % CLASSES,
+            "name": f"{self.title} {index}",
+        }
 
 
 @dataclass(frozen=True)
@@ -215,22 +221,26 @@ class Recurrent(nn.Module):
 
 
 class _Hidden(nn.Module):
-    """Makes numbers to add to attention of a mask."""
+    """Makes numbers to add to attention of a mask; with a weight its result is kept, without it is made anew."""
+
+    def __init__(self, *, weighted: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(-1e9)) if weighted else None
 
     def forward(self, mask: Tensor) -> Tensor:
-        return (mask == 0) * -1e9
+        return (mask == 0) * (-1e9 if self.weight is None else self.weight)
 
 
 class NumericMask(Reader):
     """The mask is made into numbers, of which zero says that padding is content.
 
     Args:
-        module: By a frozen module, whose result would be kept, and not by the forward itself, which makes it anew.
+        by: The ``forward`` itself, a ``module`` without weights, or one with frozen ``weights``, whose result is kept.
     """
 
-    def __init__(self, *, module: bool) -> None:
+    def __init__(self, by: str) -> None:
         super().__init__("token")
-        self.hide = _Hidden() if module else None
+        self.hide = None if by == "forward" else _Hidden(weighted=by == "weights")
         self.last = nn.Linear(12, 12)
 
     def forward(
@@ -256,7 +266,7 @@ class Strided(Reader):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = nn.AvgPool1d(2, ceil_mode=True)
+        self.pool = nn.Conv1d(12, 12, 2, stride=2)
 
     def forward(
         self,
@@ -300,8 +310,8 @@ READERS: dict[str, Case] = {
     "first block": Case(Reader, Pad(), "blocks.0"),
     "blanked convolution": Case(partial(Convolved, blanked=True), Pad(), "blocks.0"),
     "recurrent": Case(partial(Recurrent, both=False), Pad(labels="tags"), "last"),
-    "mask as numbers": Case(partial(NumericMask, module=True), Pad(labels="tags"), "last"),
-    "mask made again": Case(partial(NumericMask, module=False), Pad(labels="tags"), "last"),
+    "mask made again": Case(partial(NumericMask, "forward"), Pad(labels="tags"), "last"),
+    "mask made again by a module": Case(partial(NumericMask, "module"), Pad(labels="tags"), "last"),
 }
 
 REFUSED: dict[str, Case] = {
@@ -317,6 +327,9 @@ REFUSED: dict[str, Case] = {
     "mean over padding": Case(
         partial(Reader, causal=True), Pad(mask=False), "head", ("BatchDependentError", "how far its batch")
     ),
-    "halved length": Case(Strided, Pad(), "blocks.0", ("SplitError", "lets padding reach its results")),
+    "mask as numbers": Case(
+        partial(NumericMask, "weights"), Pad(labels="tags"), "last", ("SplitError", "zeros in place of the padding")
+    ),
+    "halved length": Case(Strided, Pad(), "blocks.0", ("SplitError", "follows the padded length in a way")),
     "two sides": Case(Reader, Pad(other=True), error=("BatchDependentError", "other side|does not simply pad")),
 }
