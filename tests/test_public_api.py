@@ -13,9 +13,10 @@ from cachefreeze.cli import parser
 
 def test_public_names():
     assert sorted(cf.__all__) == [
-        "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore", "Engine",
-        "FieldSpec", "HDF5Store", "HostStore", "Parts", "Rows", "Store", "StoreSpec", "Trainer", "blocks", "freeze",
-        "split", "unfreeze",
+        "AllButLast", "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore",
+        "Engine", "FieldSpec", "FreezeAtZeroLR", "FreezeOut", "GradientChange", "GradualUnfreezing", "HDF5Store",
+        "HostStore", "Parts", "Plasticity", "Rows", "Stage", "Stages", "Store", "StoreSpec", "Trainer", "blocks",
+        "freeze", "split", "unfreeze",
     ]  # fmt: skip
     assert all(hasattr(cf, name) for name in cf.__all__)
 
@@ -51,6 +52,20 @@ def test_command_line_options():
     }
     assert options == {
         "train": [*JOB, "--epochs", "--lr", "--optimizer", "--resume", "--report"],
+        "plan": [
+            "--data",
+            "--model",
+            "--batch-size",
+            "--image-size",
+            "--epochs",
+            "--lr",
+            "--schedule",
+            "--write",
+            "--t0",
+            "--how",
+            "--unscaled",
+            "--plot",
+        ],
         "fill": JOB,
         "info": [],
         "verify": [],
@@ -59,6 +74,7 @@ def test_command_line_options():
 
 
 def test_importing_the_package_imports_no_optional_package():
-    code = "import sys, cachefreeze; print([m for m in ('torchvision', 'sklearn', 'PIL', 'h5py') if m in sys.modules])"
+    optional = "('torchvision', 'sklearn', 'PIL', 'h5py', 'matplotlib')"
+    code = f"import sys, cachefreeze; print([m for m in {optional} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import cachefreeze as cf
@@ -77,16 +78,12 @@ def seed(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str) -> None:
     """The options that say what is trained on what, and where rows are kept."""
-    parser.add_argument(
-        "--data", default="digits", metavar="digits|cifar10|DIR", help="default digits; DIR holds train/ and val/"
-    )
-    parser.add_argument("--model", metavar="NAME", help="a torchvision classifier (default: digits_cnn, resnet18)")
+    add_model(parser)
     parser.add_argument("--weights", metavar="FILE.safetensors|DEFAULT", help="pretrained weights (default: random)")
     boundary = parser.add_mutually_exclusive_group()
     boundary.add_argument("--train-from", metavar="NAME", help="first module to train (default: the last block)")
     boundary.add_argument("--train-last", type=positive, metavar="N", help="train the last N blocks")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
-    parser.add_argument("--image-size", type=pixels, metavar="N", help="pixels of the square crop")
+    add_batches(parser)
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
@@ -97,13 +94,32 @@ def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], c
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name the data and the model."""
+    parser.add_argument(
+        "--data", default="digits", metavar="digits|cifar10|DIR", help="default digits; DIR holds train/ and val/"
+    )
+    parser.add_argument("--model", metavar="NAME", help="a torchvision classifier (default: digits_cnn, resnet18)")
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a batch is."""
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument("--image-size", type=pixels, metavar="N", help="pixels of the square crop")
+
+
+def model_name(args: argparse.Namespace, data: Data) -> str:
+    """The model that was asked for, or the one that goes with the data."""
+    return str(args.model or ("digits_cnn" if data.name == "digits" else "resnet18"))
+
+
 def make_job(args: argparse.Namespace) -> Job:
     """Build everything that the options describe, cheap checks first."""
     device = _device(args.device)
     if args.cache == "device" and device.type == "cpu":
         raise UsageError("--cache device keeps rows in GPU memory, and --device is cpu; use --cache host")
     data = load_data(args.data, image_size=args.image_size)
-    name = args.model or ("digits_cnn" if data.name == "digits" else "resnet18")
+    name = model_name(args, data)
     out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
     torch.manual_seed(args.seed)
     model = _model(name, args, data)
@@ -181,13 +197,19 @@ def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
 
 
 def _freeze(model: nn.Module, args: argparse.Namespace, data: Data) -> None:
-    size = data.image_size
-    try:
-        example = torch.zeros(2, 3, size, size)
+    with running_on(model, data) as example:
         if args.train_from is not None:
             cf.freeze(model, args.train_from, example_inputs=example)
         else:
             cf.freeze(model, train_last=args.train_last or 1, example_inputs=example)
+
+
+@contextmanager
+def running_on(model: nn.Module, data: Data) -> Iterator[Tensor]:
+    """Two images of the data's size; what goes wrong when the model runs on them is the size's fault."""
+    size = data.image_size
+    try:
+        yield torch.zeros(2, 3, size, size)
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, CacheFreezeError):
             raise
