@@ -16,6 +16,7 @@ from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
 from cachefreeze.stores import BadRow, HDF5Store, Store
 from cachefreeze.stores.opening import for_another
+from cachefreeze.stores.removal import remove_cache
 
 
 class CacheManager:
@@ -130,6 +131,16 @@ class CacheManager:
         """Make every row written so far durable, where the tier can."""
         for held in self._rows.values():
             held.commit()
+
+    def drop(self) -> None:
+        """Close all stores and remove the files that this manager made: the boundary has moved on.
+
+        A file that was there before stays; it may serve another run.
+        """
+        made = [held.store.path for held in self._rows.values() if held.made and isinstance(held.store, HDF5Store)]
+        self.close()
+        for path in made:
+            remove_cache(path)
 
     def close(self) -> None:
         """Commit and close all stores."""

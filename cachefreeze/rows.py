@@ -154,6 +154,8 @@ class StoredRows:
             device=prefix.device,
         )
         self.store = open_store(where, wanted)
+        # whether it is new, or was left empty by somebody who is not writing it
+        self.made = self.store.writable and self.store.count == 0
         # also when nothing is written here: a killed process may have left rows that have not reached the disk
         self._uncommitted = True
         self._recompute_some()

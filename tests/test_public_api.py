@@ -34,6 +34,8 @@ def test_signatures():
     loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic"]
     assert names(cf.Engine.loader) == loader
     assert names(cf.CacheManager.loader) == loader
+    assert names(cf.Engine.attach) == ["optimizer"]
+    assert names(cf.Engine.epochs) == ["total", "steps_per_epoch"]
     assert names(cf.Trainer) == ["engine", "loss_fn", "optimizer", "out", "config", "progress", "on_epoch"]
     assert names(cf.Trainer.fit) == ["train", "val", "epochs", "resume"]
 

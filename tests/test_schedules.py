@@ -471,7 +471,7 @@ def test_a_block_that_thaws_and_freezes_again_has_two_spans():
         (cf.Stages([{}]), ["nothing is ever frozen"]),
         (cf.AllButLast(1), []),
         (cf.AllButLast(2, start=0.05), ["before a tenth"]),
-        (cf.GradualUnfreezing(), []),
+        (cf.GradualUnfreezing(every=0.5), []),
     ],
 )
 def test_advice(schedule, expected):

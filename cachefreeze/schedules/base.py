@@ -16,7 +16,7 @@ from torch import nn
 
 from cachefreeze.blocks import is_norm, list_blocks
 from cachefreeze.errors import ScheduleError
-from cachefreeze.tracing import Example, usage_of
+from cachefreeze.tracing import Example, Usage, usage_of
 
 # A point in time that is computed in floating point (0.8 ** 3 of 1000 steps) must not cost a step by its last digit.
 _STEP_TOLERANCE = 1e-9
@@ -89,7 +89,11 @@ class Ladder:
             model: Any module; as before afterwards.
             example_inputs: As for :func:`cachefreeze.blocks`; without them the order is read from a symbolic trace.
         """
-        usage = usage_of(model, None if example_inputs is None else Example.of(example_inputs))
+        return cls.of_usage(model, usage_of(model, None if example_inputs is None else Example.of(example_inputs)))
+
+    @classmethod
+    def of_usage(cls, model: nn.Module, usage: Usage) -> Ladder:
+        """The ladder of a model whose order of use is known."""
         listed = list_blocks(model, usage)
         names = [block.name for block in listed]
         if not names:
@@ -163,6 +167,11 @@ class Schedule(ABC):
     """
 
     planned: ClassVar[bool] = True
+
+    @property
+    def drives_rates(self) -> bool:
+        """Whether it multiplies, or watches, the learning rates of blocks that train."""
+        return False
 
     @abstractmethod
     def frozen(self, clock: Clock, ladder: Ladder) -> int:

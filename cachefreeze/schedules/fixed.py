@@ -47,6 +47,11 @@ class GradualUnfreezing(Schedule):
         in_range("every", self.every, 0, float("inf"), low_open=True)
         in_range("decay", self.decay, 1, float("inf"))
 
+    @property
+    def drives_rates(self) -> bool:
+        """Where blocks differ."""
+        return self.decay != 1
+
     def frozen(self, clock: Clock, ladder: Ladder) -> int:
         """All before the head, less those that were thawed."""
         thawed = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from cachefreeze.errors import ScheduleError
@@ -41,9 +42,14 @@ class FreezeOut(Schedule):
         if self.how not in _POWERS:
             raise ScheduleError(f"how={self.how!r}: expected one of {', '.join(_POWERS)}")
 
+    @property
+    def drives_rates(self) -> bool:
+        """Unless it decides only when."""
+        return self.anneal
+
     def ratios(self, count: int) -> tuple[float, ...]:
         """r_i of ``count`` blocks before the head: the share of the run after which each is frozen."""
-        return tuple((self.t0 + (1 - self.t0) * i / count) ** _POWERS[self.how] for i in range(count))
+        return _ratios(self.t0, _POWERS[self.how], count)
 
     def frozen(self, clock: Clock, ladder: Ladder) -> int:
         """Blocks whose learning rate has reached zero; r_i grows with i, so they are leading ones."""
@@ -60,3 +66,8 @@ class FreezeOut(Schedule):
     def _cosine(self, progress: float, ratio: float) -> float:
         scale = 1 / ratio if self.scale_lr else 1.0
         return 0.5 * scale * (1 + math.cos(math.pi * progress / ratio))
+
+
+@lru_cache
+def _ratios(t0: float, power: int, count: int) -> tuple[float, ...]:
+    return tuple((t0 + (1 - t0) * i / count) ** power for i in range(count))

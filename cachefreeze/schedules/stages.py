@@ -216,6 +216,11 @@ class Stages(Schedule):
                 "out, or make them equal"
             )
 
+    @property
+    def drives_rates(self) -> bool:
+        """Where a stage has a factor."""
+        return any(stage.lr_factor != 1 for stage in self.stages)
+
     def number(self, clock: Clock) -> int:
         """Which stage runs now."""
         return sum(clock.step >= clock.step_of_epoch(end) for end in self._ends()[:-1])

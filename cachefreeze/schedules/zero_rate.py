@@ -22,6 +22,11 @@ class FreezeAtZeroLR(Schedule):
     _warm: set[int] = field(default_factory=set, init=False, repr=False)
     _frozen: int = field(default=0, init=False, repr=False)
 
+    @property
+    def drives_rates(self) -> bool:
+        """It reads them."""
+        return True
+
     def observe(self, clock: Clock, ladder: Ladder, rates: Sequence[float]) -> None:
         """Take notice of the learning rates before a step.
 
