@@ -176,6 +176,11 @@ class Engine:
         self._scheduled().attach(optimizer)
 
     @property
+    def schedule(self) -> Schedule | None:
+        """What freezes when; None where what was frozen stays so."""
+        return None if self._staging is None else self._staging.schedule
+
+    @property
     def clock(self) -> Clock:
         """How much of the run is done, under a schedule."""
         clock = self._scheduled().clock

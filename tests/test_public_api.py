@@ -46,6 +46,9 @@ JOB = [
 ]  # fmt: skip
 
 
+SCHEDULE = ["--schedule", "--t0", "--how", "--unscaled"]
+
+
 def test_command_line_options():
     verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     options = {
@@ -53,7 +56,7 @@ def test_command_line_options():
         for verb, made in verbs.items()
     }
     assert options == {
-        "train": [*JOB, "--epochs", "--lr", "--optimizer", "--resume", "--report"],
+        "train": [*JOB[:7], *SCHEDULE, *JOB[7:], "--epochs", "--lr", "--optimizer", "--resume", "--report"],
         "plan": [
             "--data",
             "--model",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import cachefreeze as cf
+from cachefreeze.cli import schedules
 from cachefreeze.cli.data import Data, load_data
 from cachefreeze.cli.digits import PRETRAIN_CLASSES, DigitsCNN, pretrain
 from cachefreeze.cli.models import DIGITS_MODEL, build_model
@@ -76,7 +77,9 @@ def seed(text: str) -> int:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str, scheduled: bool = False
+) -> None:
     """The options that say what is trained on what, and where rows are kept."""
     add_model(parser)
     parser.add_argument("--weights", metavar="FILE.safetensors|DEFAULT", help="pretrained weights (default: random)")
@@ -84,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], c
     boundary.add_argument("--train-from", metavar="NAME", help="first module to train (default: the last block)")
     boundary.add_argument("--train-last", type=positive, metavar="N", help="train the last N blocks")
     add_batches(parser)
+    if scheduled:
+        boundary.add_argument("--schedule", metavar="freezeout|FILE.yaml", help="blocks freeze one after another")
+        schedules.add_options(parser)
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
@@ -122,10 +128,12 @@ def make_job(args: argparse.Namespace) -> Job:
     name = model_name(args, data)
     out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
     torch.manual_seed(args.seed)
+    schedule = schedules.make_schedule(args) if hasattr(args, "schedule") else None
     model = _model(name, args, data)
-    _freeze(model, args, data)
+    if schedule is None:
+        _freeze(model, args, data)
     make_folder(out)
-    engine = Engine(model.to(device), _store(args, out), dtype=args.cache_dtype)
+    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype)
     order = torch.Generator().manual_seed(args.seed)
     train = DataLoader(data.train, args.batch_size, shuffle=True, generator=order)
     val = DataLoader(data.val, args.batch_size, generator=torch.Generator())
@@ -144,7 +152,8 @@ def configuration(args: argparse.Namespace, job: Job) -> Mapping[str, str]:
     return {
         "data": job.data.name,
         "model": type(job.model).__name__,
-        "boundary": str(job.engine.boundary),
+        "boundary": str(job.engine.boundary) if args.schedule is None else "scheduled",
+        "schedule": str(job.engine.schedule),
         "image_size": str(job.data.image_size),
         "batch_size": str(args.batch_size),
         "optimizer": args.optimizer,

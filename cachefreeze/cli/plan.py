@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from cachefreeze.cli import job, plot, schedules
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
 from cachefreeze.errors import UsageError
-from cachefreeze.schedules import Ladder, Schedule, Stages, advice, timeline
+from cachefreeze.schedules import Ladder, Schedule, Stages, timeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +34,13 @@ def run(args: argparse.Namespace) -> int:
     model = build_model(job.model_name(args, data), weights=None, classes=len(data.classes))
     with job.running_on(model, data) as example:
         ladder = Ladder.of(model, example)
-    schedule = _first(args, ladder) if args.write is not None else schedules.make_schedule(args)
+    schedule = schedules.make_schedule(args) or _first(args, ladder)
     samples = len(data.train)  # type: ignore[arg-type]
     steps = -(-samples // args.batch_size)
     shown = timeline(schedule, ladder, steps=steps * args.epochs, epochs=args.epochs)
     print(f"{type(model).__name__} on {data.name}: {samples} samples, {args.epochs} epochs of {steps} steps")
     print(shown.table(args.lr))
-    for sentence in advice(shown):
-        print(f"warning: {sentence}", file=sys.stderr)
+    schedules.warn(schedule, ladder, steps=steps * args.epochs, epochs=args.epochs)
     if args.plot is not None:
         job.make_folder(args.plot.parent)
         plot.draw_timeline(shown, args.lr, args.plot)

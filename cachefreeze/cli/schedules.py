@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from cachefreeze.errors import UsageError
-from cachefreeze.schedules import FreezeOut, Schedule, Stages
+from cachefreeze.schedules import FreezeOut, Ladder, Schedule, Stages, advice, timeline
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,11 +16,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unscaled", action="store_true", help="freezeout without rates divided by a block's time")
 
 
-def make_schedule(args: argparse.Namespace) -> Schedule:
-    """``freezeout``, or the stages in a YAML file.
+def make_schedule(args: argparse.Namespace) -> Schedule | None:
+    """``freezeout``, or the stages in a YAML file; None where no schedule was asked for.
 
     Raises:
-        UsageError: Options of freezeout beside a file.
+        UsageError: Options of freezeout without it.
         ScheduleError: The file is wrong; names it.
     """
     given = {"t0": args.t0, "how": args.how, "scale_lr": False if args.unscaled else None}
@@ -27,5 +28,14 @@ def make_schedule(args: argparse.Namespace) -> Schedule:
     if args.schedule == "freezeout":
         return FreezeOut(**options)
     if options:
-        raise UsageError(f"--t0, --how and --unscaled are for --schedule freezeout, and it is {args.schedule}")
-    return Stages.from_yaml(args.schedule)
+        raise UsageError(
+            f"--t0, --how and --unscaled are for --schedule freezeout, and it is {args.schedule or 'not given'}"
+        )
+    return None if args.schedule is None else Stages.from_yaml(args.schedule)
+
+
+def warn(schedule: Schedule, ladder: Ladder, *, steps: int, epochs: int) -> None:
+    """Print what the field's experience says against a schedule, where it can be known beforehand."""
+    if schedule.planned:
+        for sentence in advice(timeline(schedule, ladder, steps=steps, epochs=epochs)):
+            print(f"warning: {sentence}", file=sys.stderr)
