@@ -298,8 +298,30 @@ def test_thawing_waits_for_the_next_epoch():
         for at, (x, y) in enumerate(batches):
             step(engine, optimizer, x, y)
             if at in (0, STEPS - 1):
-                seen.append(engine.boundary)
-    assert seen == ["fc", "fc", "b", "b", None, None]
+                seen.append((engine.boundary, [next(c.parameters()).requires_grad for c in model.children()]))
+                assert [c.training for c in model.children()] == seen[-1][1], "and back to train mode with it"
+        model.train()
+    last, two, every = ("fc", [False] * 3 + [True]), ("b", [False] + [True] * 3), (None, [True] * 4)
+    assert seen == [last, last, two, two, every, every]
+
+
+@pytest.mark.parametrize("workers", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+def test_the_order_of_samples_is_kept_when_live_batches_give_way_to_rows(workers):
+    """Persistent workers draw in their first pass only, and that one was live."""
+
+    def run(store):
+        torch.manual_seed(7)
+        model = net()
+        engine = cf.Engine(model, store, schedule=cf.AllButLast(1, start=0.5))
+        indexed = TensorDataset(*data().tensors, torch.arange(20))
+        batches = engine.loader(DataLoader(indexed, 4, shuffle=True, **workers))
+        seen = [index.tolist() for _ in engine.epochs(4) for _, _, index in batches]
+        return seen, torch.rand(3).tolist(), batches.source
+
+    (order, drawn, source), (expected, expected_drawn, plain) = run("host"), run("off")
+    assert (source, plain) == ("cached", "frozen")
+    assert order == expected
+    assert drawn == expected_drawn
 
 
 def test_without_attach_decisions_wait_for_the_next_epoch_and_rates_cannot_be_driven():
