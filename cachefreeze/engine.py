@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,8 @@ from cachefreeze.errors import CheckpointError, StaleCacheError, UsageError
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
+from cachefreeze.measuring import measure
+from cachefreeze.moves import Costs, Move, best_path, staying
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View
 from cachefreeze.schedules import Clock, Ladder, Schedule
@@ -54,17 +57,21 @@ class Engine:
             object.
         store: ``auto``, ``auto:DIR`` (on disk in DIR where memory is too small), ``device``, ``host``, ``hdf5:DIR``,
             ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen model without a cache (the baseline).
-        schedule: What freezes when; None: what is frozen now stays frozen. The boundary of the cache follows at the
-            beginning of each epoch.
+        schedule: What freezes when; None: what is frozen now stays frozen.
+        moves: When the boundary of the cache follows a schedule, at the beginning of an epoch: ``measured``, where what
+            the move saves until the next one is predicted to exceed what it costs, or ``always``.
         autocast: Autocast dtype of the prefix. Call the suffix under the same autocast state.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
         prefix: ``exact``: rows are bit for bit what the model computes.
 
     Attributes:
         model: The user's own model.
-        parts: The verified split; None before the first loader, and while nothing is cached.
+        parts: The verified split, at the boundary of the cache; None before the first loader, and while nothing is
+            cached.
         cache: The CacheManager; None likewise.
-        boundary: Name of the first trainable block; None before the first loader, and while nothing is frozen.
+        boundary: Name of the first trainable block, at the beginning of this epoch; None before the first loader, and
+            while nothing is frozen.
+        decisions: Under a schedule, where the boundary of the cache went and what was predicted.
         epoch: The epoch that runs, or comes next.
     """
 
@@ -74,6 +81,7 @@ class Engine:
         store: str | Store = "auto",
         *,
         schedule: Schedule | None = None,
+        moves: Literal["measured", "always"] = "measured",
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
         prefix: Literal["exact"] = "exact",
@@ -88,6 +96,8 @@ class Engine:
             raise UsageError(f"prefix={prefix!r}: expected 'exact'")
         if isinstance(store, str) and store.partition(":")[0] not in ("auto", "device", "host", "hdf5", "off"):
             raise UsageError(f"store={store!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store")
+        if moves not in ("measured", "always"):
+            raise UsageError(f"moves={moves!r}: expected 'measured' or 'always'")
         stored_dtype(torch.float32, dtype)
         self.model = model
         self.parts: Parts | None = None
@@ -99,7 +109,11 @@ class Engine:
         self._dtype = dtype
         self._staging = None if schedule is None else Staging(model, schedule)
         self._followed: list[_Followed] = []
-        self._placed = False
+        self.decisions: list[Move] = []
+        self._moves = moves
+        self._costs: Costs | None = None
+        self._place: int | None = None
+        self._path: list[tuple[int, int]] = []
 
     def loader(
         self,
@@ -287,17 +301,42 @@ class Engine:
         if not self._followed:
             raise UsageError("make the loaders first (engine.loader): they follow the schedule from epoch to epoch")
         staging.start_epoch(self.epoch, total, len(self._followed[0].loader) if steps is None else steps)
-        if not self._placed or staging.boundary != self.boundary:
-            self._move(staging.boundary)
-            self._placed = True
+        place = self._next_place(staging)
+        if place != self._place or (place == 0 and staging.boundary != self.boundary):
+            began = time.perf_counter()
+            self._move(staging, place)
+            if self._costs is not None and place:
+                self._costs = replace(self._costs, setup=time.perf_counter() - began)
+        self.boundary = staging.boundary
 
-    def _move(self, boundary: str | None) -> None:
+    def _next_place(self, staging: Staging) -> int:
+        """How many leading blocks the cache stands for in the epoch that begins."""
+        now = self._place or 0
+        if self._store == "off" or not staging.frozen:
+            return 0
+        if self._moves == "always":
+            return staging.frozen
+        upcoming = staging.upcoming()
+        if [frozen for frozen, _ in self._path] != upcoming:
+            if self._costs is None:
+                loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
+                self._costs = measure(self.model, staging.ladder, loaders, str(self._store), self._autocast)
+            path, seconds = best_path(upcoming, self._costs, now)
+            self._path = list(zip(upcoming, path, strict=True))
+            ladder, held = staging.ladder, staying(upcoming, self._costs, now)
+            frozen, before, after = (ladder.boundary(count) for count in (staging.frozen, now, path[0]))
+            self.decisions.append(Move(self.epoch, frozen, before, after, seconds, held))
+        _, place = self._path.pop(0)
+        return place
+
+    def _move(self, staging: Staging, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""
+        boundary = staging.ladder.boundary(place)
         device = model_device(self.model)
         if self.cache is not None:
             self.cache.drop()
-        self.parts, self.cache, self.boundary = None, None, boundary
-        if boundary is not None and self._store != "off":
+        self.parts, self.cache, self._place = None, None, place
+        if boundary is not None:
             example = self._followed[0].view.example().to(device)
             with autocast(device, self._autocast):
                 self.parts = split(self.model, example, boundary)
@@ -305,7 +344,7 @@ class Engine:
         for followed in self._followed:
             dataloader = followed.loader.dataloader
             if self.cache is None:
-                followed.loader.follow(PassingLoader(dataloader, device, "live" if boundary is None else "frozen"))
+                followed.loader.follow(PassingLoader(dataloader, device, "frozen" if staging.frozen else "live"))
             else:
                 inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version)
                 followed.loader.follow(inner)

@@ -114,6 +114,19 @@ class Staging:
         self.clock, self._end, self._stepped = now, now.step + steps, 0
         self._decide(thaw=True)
 
+    def upcoming(self) -> list[int]:
+        """How many blocks are frozen at the beginning of each epoch from this one on.
+
+        What decides by observing is taken to decide no more.
+        """
+        if self.clock is None:
+            return []
+        per_epoch = self.clock.steps // self.clock.epochs
+        later = range(self.clock.step + per_epoch, self.clock.steps, per_epoch)
+        if not self.schedule.planned:
+            return [self.frozen] * (1 + len(later))
+        return [self.frozen, *(self.schedule.frozen(replace(self.clock, step=at), self.ladder) for at in later)]
+
     def state_dict(self) -> dict[str, Any]:
         """The schedule's state, and the length of the run that it counts by."""
         length = None if self.clock is None else {"steps": self.clock.steps, "epochs": self.clock.epochs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,7 @@ class Trainer:
             epoch=epoch,
             source=train.source,
             boundary=self.engine.boundary,
+            cache_boundary=None if self.engine.parts is None else self.engine.parts.boundary.name,
             seconds=seconds,
             val_seconds=val_seconds,
             val_source=val_source,
@@ -200,6 +201,7 @@ class Trainer:
         tiers = {facts["tier"] for facts in cache.info().values()} if cache is not None else {"off"}
         report.store = "+".join(sorted(tiers))
         report.store_bytes = cache.nbytes if cache is not None else 0
+        report.moves = [asdict(move) for move in self.engine.decisions]
         report.split = None
         if parts is not None:
             report.split = {

@@ -30,7 +30,7 @@ def test_signatures():
     assert names(cf.unfreeze) == ["model", "modules", "example_inputs"]
     assert names(cf.blocks) == ["model", "example_inputs"]
     assert names(cf.split) == ["model", "example_inputs", "train_from"]
-    assert names(cf.Engine) == ["model", "store", "schedule", "autocast", "dtype", "prefix"]
+    assert names(cf.Engine) == ["model", "store", "schedule", "moves", "autocast", "dtype", "prefix"]
     loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic"]
     assert names(cf.Engine.loader) == loader
     assert names(cf.CacheManager.loader) == loader

@@ -100,7 +100,7 @@ def train(model, name, schedule, store, *, epochs=8, shuffle=True):
     """Losses of every step, the final state, random numbers drawn next, and each epoch's source and boundary."""
     torch.manual_seed(2)
     ladder = Ladder.of(model, samples(name).tensors[0][:2])
-    engine = cf.Engine(model, store, schedule=SCHEDULES[schedule](ladder))
+    engine = cf.Engine(model, store, schedule=SCHEDULES[schedule](ladder), moves="always")
     order = torch.Generator().manual_seed(3)
     batches = engine.loader(DataLoader(samples(name), 6, shuffle=shuffle, generator=order))
     checks = engine.loader(DataLoader(samples(name, 6), 6, generator=torch.Generator()))
@@ -156,7 +156,7 @@ def test_each_step_of_a_shuffled_transformer_agrees_from_equal_weights(name):
     """Trajectories part by one ulp, so each step is compared from the same weights, through three moves."""
     model, data = build(name), samples(name)
     ladder = Ladder.of(model, data.tensors[0][:2])
-    engine = cf.Engine(model, "host", schedule=SCHEDULES["stages"](ladder))
+    engine = cf.Engine(model, "host", schedule=SCHEDULES["stages"](ladder), moves="always")
     indexed = TensorDataset(*data.tensors, torch.arange(len(data)))
     batches = engine.loader(DataLoader(indexed, 5, shuffle=True, generator=torch.Generator().manual_seed(3)))
     optimizer = torch.optim.SGD(model.parameters(), 0.05)

@@ -57,7 +57,7 @@ def net():
 
 def made(schedule, store="off", model=None):
     model = net() if model is None else model
-    engine = cf.Engine(model, store, schedule=schedule)
+    engine = cf.Engine(model, store, schedule=schedule, moves="always")
     return model, engine, engine.loader(loader())
 
 
@@ -312,7 +312,7 @@ def test_the_order_of_samples_is_kept_when_live_batches_give_way_to_rows(workers
     def run(store):
         torch.manual_seed(7)
         model = net()
-        engine = cf.Engine(model, store, schedule=cf.AllButLast(1, start=0.5))
+        engine = cf.Engine(model, store, schedule=cf.AllButLast(1, start=0.5), moves="always")
         indexed = TensorDataset(*data().tensors, torch.arange(20))
         batches = engine.loader(DataLoader(indexed, 4, shuffle=True, **workers))
         seen = [index.tolist() for _ in engine.epochs(4) for _, _, index in batches]
@@ -429,7 +429,7 @@ def test_random_augmentation_is_refused_before_training_under_a_schedule_too():
 
     model = net()
     noisy = DataLoader(Noisy(*data().tensors), 4)
-    engine = cf.Engine(model, "host", schedule=cf.AllButLast(1, start=0.5))
+    engine = cf.Engine(model, "host", schedule=cf.AllButLast(1, start=0.5), moves="always")
     with pytest.raises(cf.CacheFreezeError, match="view="):
         engine.loader(noisy)
     batches = engine.loader(noisy, view=data())
