@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.errors import CheckpointError, StaleCacheError, UsageError
+from cachefreeze.errors import CheckpointError, SplitError, StaleCacheError, UsageError
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
@@ -28,6 +29,8 @@ from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
 from cachefreeze.tracing import record_usage, trace_usage
+
+_LOG = logging.getLogger("cachefreeze")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Engine:
         self._moves = moves
         self._costs: Costs | None = None
         self._place: int | None = None
+        self._below: CacheManager | None = None
         self._path: list[tuple[int, int]] = []
 
     def loader(
@@ -230,6 +234,8 @@ class Engine:
             self.epoch += 1
             if self.cache is not None:
                 self.cache.commit()
+                if not self.cache.promoting:
+                    self._drop_below()
 
     def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The entries of a dict batch that are arguments of the model's forward."""
@@ -253,6 +259,9 @@ class Engine:
 
     def close(self) -> None:
         """Commit and close all stores."""
+        if self._below is not None:
+            self._below.close()  # its files stay: an interrupted promotion goes on from them
+            self._below = None
         if self.cache is not None:
             self.cache.close()
 
@@ -333,14 +342,16 @@ class Engine:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""
         boundary = staging.ladder.boundary(place)
         device = model_device(self.model)
-        if self.cache is not None:
-            self.cache.drop()
+        self._drop_below()
+        before, self._below = self._place or 0, self.cache
         self.parts, self.cache, self._place = None, None, place
         if boundary is not None:
             example = self._followed[0].view.example().to(device)
             with autocast(device, self._autocast):
                 self.parts = split(self.model, example, boundary)
-            self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
+            self.cache = self._manager(self.parts, self._below if before < place else None)
+        if self.cache is None or not self.cache.has_below:
+            self._drop_below()
         for followed in self._followed:
             dataloader = followed.loader.dataloader
             if self.cache is None:
@@ -348,6 +359,25 @@ class Engine:
             else:
                 inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version)
                 followed.loader.follow(inner)
+
+    def _manager(self, parts: Parts, below: CacheManager | None) -> CacheManager:
+        """The stores of a new boundary, made from those below where the model allows it."""
+        try:
+            return CacheManager(parts, self._store, autocast=self._autocast, dtype=self._dtype, below=below)
+        except SplitError as error:
+            if below is None:
+                raise
+            _LOG.warning("rows at %r are filled from the samples: %s", parts.boundary.name, error)
+            return CacheManager(parts, self._store, autocast=self._autocast, dtype=self._dtype)
+
+    def _drop_below(self) -> None:
+        """Close the stores of the boundary before, once nothing is made from them any more."""
+        if self._below is None:
+            return
+        if self.cache is not None:
+            self.cache.let_go()
+        self._below.drop()
+        self._below = None
 
     def _uncached(self, dataloader: DataLoader[Any]) -> PassingLoader:
         with warnings.catch_warnings():

@@ -87,12 +87,14 @@ class PassCounts:
         cached: Read from the store.
         computed: Computed in this pass.
         repaired: Computed because the stored row failed its checksum; part of ``computed``.
+        promoted: Made from the rows of a shallower boundary; part of ``computed``.
         kept: Whether computed rows were written.
     """
 
     cached: int = 0
     computed: int = 0
     repaired: int = 0
+    promoted: int = 0
     kept: bool = True
 
     def source(self) -> Source:

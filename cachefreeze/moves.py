@@ -33,9 +33,13 @@ class Costs:
         inputs = self.fetch if cached == 0 else self.read[cached]
         return inputs + sum(self.forward[cached:frozen])
 
-    def move(self, cached: int) -> float:
-        """What the first epoch at a boundary spends beside that: the fill."""
-        return 0.0 if cached == 0 else self.setup + self.fetch + sum(self.forward[:cached]) + self.write[cached]
+    def move(self, before: int, after: int) -> float:
+        """What the first epoch at a boundary spends beside that: its rows are made from those before, or filled."""
+        if after == 0:
+            return 0.0
+        inputs = self.read[before] if 0 < before < after else self.fetch
+        start = before if before < after else 0
+        return self.setup + inputs + sum(self.forward[start:after]) + self.write[after]
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def best_path(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[in
         }
         rest = {
             now: min(
-                (seconds + (costs.move(place) if place != now else 0.0), moves + (place != now), path)
+                (seconds + (costs.move(now, place) if place != now else 0.0), moves + (place != now), path)
                 for place, (seconds, moves, path) in reached.items()
             )
             for now in places

@@ -158,7 +158,7 @@ class StoredRows:
         self.made = self.store.writable and self.store.count == 0
         # also when nothing is written here: a killed process may have left rows that have not reached the disk
         self._uncommitted = True
-        self._recompute_some()
+        self.recompute_some()
 
     # --- the loader's row source ---
 
@@ -168,7 +168,7 @@ class StoredRows:
 
     def absent(self, rows: Sequence[int]) -> list[int]:
         """Which of ``rows`` are not stored, each once, in order."""
-        present = self.store.present(_index(rows)).tolist()
+        present = self.store.present(index_of(rows)).tolist()
         if all(present):
             return []
         return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
@@ -183,11 +183,15 @@ class StoredRows:
 
     def compute(self, rows: Sequence[int], raw: Any) -> Computed:
         """Run the prefix over the raw batch of ``rows``; write those that no other process has or is about to write."""
-        return self._compute_mine(rows, raw, self._claim(rows))
+        return self.make(rows, lambda: self._run_prefix(rows, raw))
+
+    def make(self, rows: Sequence[int], how: Callable[[], Computed]) -> Computed:
+        """Make ``rows`` and write those that no other process has or is about to write."""
+        return self._make_mine(rows, self._claim(rows), how)
 
     def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
         """The user's batch for ``rows``, some of which were just computed."""
-        index = _index(rows)
+        index = index_of(rows)
         repaired: list[Computed] = []
         while True:
             try:
@@ -243,7 +247,7 @@ class StoredRows:
         for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
             mine = self._claim(rows)
             if bool(mine.any()):
-                self._compute_mine(rows, raw, mine)
+                self._make_mine(rows, mine, lambda: self._run_prefix(rows, raw))
                 computed_rows += int(mine.sum())
             if progress is not None:
                 progress(int(mine.sum()))
@@ -255,13 +259,13 @@ class StoredRows:
         """(n,) bool: which of ``rows`` are for this process to write."""
         if not self.store.writable:
             return torch.zeros(len(rows), dtype=torch.bool)
-        return self.store.claim(_index(rows))
+        return self.store.claim(index_of(rows))
 
-    def _compute_mine(self, rows: Sequence[int], raw: Any, mine: Tensor) -> Computed:
-        """Compute ``rows`` and write those that are ``mine``, which are given up if that fails."""
-        index = _index(rows)[mine]
+    def _make_mine(self, rows: Sequence[int], mine: Tensor, how: Callable[[], Computed]) -> Computed:
+        """Make ``rows`` and write those that are ``mine``, which are given up if that fails."""
+        index = index_of(rows)[mine]
         try:
-            computed = self._run_prefix(rows, raw)
+            computed = how()
             if len(index):
                 self._uncommitted = True
                 whole = len(index) == len(rows)
@@ -275,11 +279,7 @@ class StoredRows:
     def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
         layout = self.view.layout
         tensors = self.prefix.run(layout.example(raw), len(rows))
-        samples = torch.tensor(list(rows))
-        values = {codec.name: codec.encode(tensor, samples) for codec, tensor in zip(self.codecs, tensors, strict=True)}
-        names = [field.name for field in self.spec.fields[len(self.codecs) :]]
-        values |= dict(zip(names, layout.field_tensors(raw), strict=True))
-        return Computed(tuple(rows), values)
+        return self.encoded(rows, tensors, layout.field_tensors(raw))
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
         """Rows from the store; those that it does not keep from where they were computed."""
@@ -300,14 +300,25 @@ class StoredRows:
             result[field.name] = fresh
         return result
 
-    def _assemble(self, values: dict[str, Tensor]) -> Any:
+    def decoded(self, values: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Stored values on the prefix's device: the tensors of the boundary, and the other fields."""
         sent = [_sent(values[field.name], self.prefix.device) for field in self.spec.fields]
         count = len(self.codecs)
-        tensors = [codec.decode(rows) for codec, rows in zip(self.codecs, sent[:count], strict=True)]
-        rows = Rows(tensors, self.prefix.mode, self.prefix.parts, self.codecs[0].batch_dim)
-        return self.view.layout.assemble(rows, sent[count:])
+        return [codec.decode(rows) for codec, rows in zip(self.codecs, sent[:count], strict=True)], sent[count:]
 
-    def _recompute_some(self) -> None:
+    def encoded(self, rows: Sequence[int], tensors: Sequence[Tensor], fields: Sequence[Tensor]) -> Computed:
+        """The inverse of :meth:`decoded`, for rows that were just made."""
+        samples = torch.tensor(list(rows))
+        values = {codec.name: codec.encode(tensor, samples) for codec, tensor in zip(self.codecs, tensors, strict=True)}
+        names = [field.name for field in self.spec.fields[len(self.codecs) :]]
+        return Computed(tuple(rows), values | dict(zip(names, fields, strict=True)))
+
+    def _assemble(self, values: dict[str, Tensor]) -> Any:
+        tensors, fields = self.decoded(values)
+        rows = Rows(tensors, self.prefix.mode, self.prefix.parts, self.codecs[0].batch_dim)
+        return self.view.layout.assemble(rows, fields)
+
+    def recompute_some(self) -> None:
         """Recompute a few stored rows and compare: the last check that a reused store is what it claims to be."""
         present = torch.nonzero(self.store.present(torch.arange(self.spec.rows))).flatten()
         if not len(present):
@@ -332,7 +343,7 @@ class StoredRows:
                 )
 
 
-def _index(rows: Sequence[int]) -> Tensor:
+def index_of(rows: Sequence[int]) -> Tensor:
     """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list."""
     return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
 

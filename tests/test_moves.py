@@ -28,7 +28,9 @@ def spent(path, frozen, given, cached):
     total, now = 0.0, cached
     for place, count in zip(path, frozen, strict=True):
         if place not in (now, 0):
-            total += given.setup + given.fetch + sum(given.forward[:place]) + given.write[place]
+            promoted = 0 < now < place
+            total += given.setup + given.write[place] + (given.read[now] if promoted else given.fetch)
+            total += sum(given.forward[now if promoted else 0 : place])
         total += given.read[place] if place else given.fetch
         total += sum(given.forward[place:count])
         now = place
