@@ -126,7 +126,6 @@ def train(config: Config, run: Run, schedule: cf.FreezeOut, data: TensorDataset,
     images, labels = (tensor.to(device) for tensor in test.tensors)
     for _ in range(config.epochs):
         began, cpu = clocks(device)
-        before = engine.boundary
         next(epochs)
         moved, _ = clocks(device)
         source = batches
@@ -145,7 +144,7 @@ def train(config: Config, run: Run, schedule: cf.FreezeOut, data: TensorDataset,
         ended, cpu_ended = clocks(device)
         run.seconds.append(ended - began)
         run.cpu_seconds.append(cpu_ended - cpu)
-        run.move_seconds.append(moved - began if engine.boundary != before else 0.0)
+        run.move_seconds.append(moved - began)
         run.sources.append("ceiling" if source is not batches else batches.source)
         run.boundaries.append(engine.boundary)
         run.train_loss.append(float(torch.stack(losses).mean()))

@@ -117,6 +117,7 @@ class Engine:
         self._costs: Costs | None = None
         self._place: int | None = None
         self._below: CacheManager | None = None
+        self._left: int | None = None
         self._path: list[tuple[int, int]] = []
 
     def loader(
@@ -245,7 +246,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on at the same epoch."""
         staging = {} if self._staging is None else {"staging": self._staging.state_dict()}
-        return {"epoch": self.epoch, **staging}
+        return {"epoch": self.epoch, "place": self._place, **staging}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
@@ -255,6 +256,7 @@ class Engine:
             )
         if self._staging is not None:
             self._staging.load_state_dict(state["staging"])
+            self._left = state["place"]
         self.epoch = int(state["epoch"])
 
     def close(self) -> None:
@@ -310,6 +312,9 @@ class Engine:
         if not self._followed:
             raise UsageError("make the loaders first (engine.loader): they follow the schedule from epoch to epoch")
         staging.start_epoch(self.epoch, total, len(self._followed[0].loader) if steps is None else steps)
+        left, self._left = self._left, None
+        if left and left <= staging.frozen and str(self._store).startswith("hdf5:"):
+            self._move(staging, left)  # a resumed run finds its rows where it left them, and may promote them
         place = self._next_place(staging)
         if place != self._place or (place == 0 and staging.boundary != self.boundary):
             began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.errors import UsageError
+from cachefreeze.errors import StoreError, UsageError
 from cachefreeze.loader import CachedLoader, NumericMode, check_loader
 from cachefreeze.promotion import PromotedRows
 from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, forward_arguments
@@ -18,6 +19,8 @@ from cachefreeze.splitting import Parts
 from cachefreeze.stores import BadRow, HDF5Store, Store
 from cachefreeze.stores.opening import for_another
 from cachefreeze.stores.removal import remove_cache
+
+_LOG = logging.getLogger("cachefreeze")
 
 
 class CacheManager:
@@ -172,12 +175,15 @@ class CacheManager:
     def drop(self) -> None:
         """Close all stores and remove the files that this manager made: the boundary has moved on.
 
-        A file that was there before stays; it may serve another run.
+        A file that was there before stays; it may serve another run. So does one that another process fills.
         """
         made = [held.store.path for held in self._rows.values() if held.made and isinstance(held.store, HDF5Store)]
         self.close()
         for path in made:
-            remove_cache(path)
+            try:
+                remove_cache(path)
+            except StoreError as error:
+                _LOG.warning("%s is left where it is: %s", path, error)
 
     def close(self) -> None:
         """Commit and close all stores."""

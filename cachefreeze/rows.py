@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -247,7 +248,7 @@ class StoredRows:
         for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
             mine = self._claim(rows)
             if bool(mine.any()):
-                self._make_mine(rows, mine, lambda: self._run_prefix(rows, raw))
+                self._make_mine(rows, mine, partial(self._run_prefix, rows, raw))
                 computed_rows += int(mine.sum())
             if progress is not None:
                 progress(int(mine.sum()))

@@ -142,7 +142,7 @@ EACH_EPOCH = [{"epochs": 1}, {"train_from": "1", "epochs": 1}, {"train_from": "2
 
 def test_the_engine_caches_where_the_path_says_and_keeps_the_figures(monkeypatch):
     """Blocks freeze an epoch apart; the store is written once, where it is read for long."""
-    given = costs([1, 1, 1, 1], fetch=0.1, write=2)
+    given = costs([1, 1, 1, 1], fetch=0.1, write=5)
     seen, engine = follow(given, monkeypatch, epochs=8, schedule=cf.Stages(EACH_EPOCH))
     assert [frozen for _, frozen, _ in seen] == [None, "1", "2", "3", "3", "3", "3", "3"]
     assert seen[0] == (None, None, "live")
