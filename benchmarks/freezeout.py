@@ -221,7 +221,7 @@ def summarise(runs: list[Run]) -> list[dict[str, Any]]:
                 run.train_loss == other.train_loss
                 for run in own
                 for other in runs
-                if (other.schedule, other.variant, other.seed) == (run.schedule, "frozen", run.seed)
+                if other.variant == "frozen" and other.seed == run.seed and run.schedule in ("none", other.schedule)
             ),
         })  # fmt: skip
     return rows
