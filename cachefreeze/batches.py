@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +18,17 @@ Inputs = int | str | Sequence[int] | Sequence[str] | None
 class BatchLayout:
     """Which parts of a collated batch the model consumes, and which tensors are stored beside its rows.
 
-    A batch is a tensor, or a tuple, list, named tuple or dict of trees of tensors. The consumed elements are
-    elements of the outermost container.
+    Attributes:
+        consumed: Names of the elements that the model consumes.
+        keywords: Whether they are its keyword arguments.
+        input_names: Of every leaf of what the model consumes.
+        fields: Path and value of every tensor that is stored beside the rows.
+
+    A batch is a tensor, or a tuple, list, named tuple or mapping (a dict, or what a tokenizer returns) of trees of
+    tensors. The consumed elements are elements of the outermost container.
     """
 
-    def __init__(self, batch: Any, inputs: Inputs, arguments: Sequence[str]) -> None:
+    def __init__(self, batch: Any, inputs: Inputs, arguments: Sequence[str], *, stored: bool = True) -> None:
         """Read the layout from one collated batch.
 
         Args:
@@ -29,16 +36,22 @@ class BatchLayout:
             inputs: Index, key or keys of what the model consumes; None takes the first element of a sequence, or
                 the keys that are arguments of the model's forward.
             arguments: Names of the arguments of the model's forward.
+            stored: Whether what is not consumed has to be stored, so that it must be tensors; else it is anything.
         """
         names, elements, self._container = _elements(batch)
         self._names = names
         self.consumed = _consumed(batch, names, inputs, arguments)
-        by_keyword = isinstance(batch, dict) and all(name in arguments for name in self.consumed)
-        self.keywords = by_keyword and inputs is None
+        self.keywords = isinstance(batch, Mapping) and all(name in arguments for name in self.consumed)
+        given = dict(zip(names, elements, strict=True))
+        self.input_names = tuple(
+            f"{name}{pytree.keystr(path)}"
+            for name in self.consumed
+            for path, _ in pytree.tree_flatten_with_path(given[name])[0]
+        )
         self._trees: dict[str, Any] = {}
         self.fields: list[tuple[str, Tensor]] = []
         for name, element in zip(names, elements, strict=True):
-            if name in self.consumed:
+            if name in self.consumed or not stored:
                 continue
             leaves, self._trees[name] = pytree.tree_flatten_with_path(element)
             for path, leaf in leaves:
@@ -82,15 +95,51 @@ class BatchLayout:
                 elements.append(pytree.tree_unflatten([next(rest) for _ in range(tree.num_leaves)], tree))
         return self._container(elements)
 
+    def replace(self, batch: Any, swap: Callable[[Any], Any]) -> Any:
+        """``batch`` with ``swap`` applied to each element that the model consumes, all else as it is."""
+        if isinstance(batch, Mapping):
+            return _mapping_like(batch, {name: swap(batch[name]) for name in self.consumed})
+        names, elements, container = _elements(batch)
+        return container([swap(e) if name in self.consumed else e for name, e in zip(names, elements, strict=True)])
+
+
+def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:
+    """``batch`` with ``fn`` applied to every tensor, also within mappings that torch's pytrees do not know."""
+
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return fn(leaf)
+        if isinstance(leaf, Mapping):
+            return _mapping_like(leaf, {key: map_tensors(fn, value) for key, value in leaf.items()})
+        return leaf
+
+    return pytree.tree_map(of, batch)
+
+
+def leaves_of(batch: Any) -> list[Any]:
+    """The leaves of a batch, also of mappings that torch's pytrees do not know."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(batch):
+        found += leaves_of(list(leaf.values())) if isinstance(leaf, Mapping) else [leaf]
+    return found
+
+
+def _mapping_like(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """A copy of a mapping, with its attributes (a tokenizer's encodings), that holds ``values`` instead."""
+    made: Any = copy.copy(batch)
+    for key, value in values.items():
+        made[key] = value
+    return made
+
 
 def _elements(batch: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]]:
     """Names and values of the outermost elements, and how to put such a batch together again."""
     if isinstance(batch, Tensor):
         return [0], [batch], lambda items: items[0]
     kind: Any = type(batch)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         keys = list(batch)
-        return keys, list(batch.values()), lambda items: kind(zip(keys, items, strict=True))
+        return keys, list(batch.values()), lambda items: kind(dict(zip(keys, items, strict=True)))
     if isinstance(batch, tuple | list):
         if hasattr(batch, "_fields"):
             return [*range(len(batch))], list(batch), lambda items: kind(*items)
@@ -103,7 +152,7 @@ def _elements(batch: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], A
 
 def _consumed(batch: Any, names: list[Any], inputs: Inputs, arguments: Sequence[str]) -> tuple[Any, ...]:
     if inputs is None:
-        if not isinstance(batch, dict):
+        if not isinstance(batch, Mapping):
             return (names[0],) if names else ()
         found = tuple(name for name in names if name in arguments)
         if not found:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from cachefreeze.moves import Costs, Move, best_path, staying
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View
 from cachefreeze.schedules import Clock, Ladder, Schedule
-from cachefreeze.splitting import Parts, split
+from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
@@ -162,8 +163,14 @@ class Engine:
             inputs=inputs,
             view=view,
             assume_deterministic=assume_deterministic or self._store == "off",
+            padded=frozenset() if self.parts is None else self.parts.padded,
         )
         if self._staging is not None:
+            if seen.ragged is not None and self._store != "off":
+                raise UsageError(
+                    "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
+                    "one length in the collate function, or use store='off'"
+                )
             self._staging.read(seen.example().to(model_device(self.model)))
             name = name if name is not None else next_name(followed.name for followed in self._followed)
             made = StagedLoader(dataloader)
@@ -175,7 +182,11 @@ class Engine:
             if self.boundary is None:
                 return PassingLoader(dataloader, model_device(self.model), "live")
             with autocast(model_device(self.model), self._autocast):
-                self.parts = split(self.model, example)
+                if seen.ragged is None:
+                    self.parts = split(self.model, example)
+                else:
+                    batches = seen.padded_batches(model_device(self.model))
+                    self.parts = split_padded(self.model, batches, seen.layout.input_names)
             self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
         return self.cache.loader_for(dataloader, seen, name, version)
 
@@ -238,8 +249,8 @@ class Engine:
                 if not self.cache.promoting:
                     self._drop_below()
 
-    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The entries of a dict batch that are arguments of the model's forward."""
+    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a dict batch that are arguments of the model's forward; the others it would refuse."""
         arguments = forward_arguments(self.model)
         return {key: value for key, value in batch.items() if key in arguments}
 
@@ -268,11 +279,12 @@ class Engine:
             self.cache.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The suffix on rows, or the whole model on raw inputs.
+        """The suffix on rows, or the whole model on raw inputs; of a dict batch, ``engine(**batch)``.
 
         Raises:
             StaleCacheError: The rows were made by another split, or for another autocast state.
             UsageError: There are arguments of the model's forward beside the rows, which would not reach it.
+            TypeError: As the model itself, for keywords that its forward does not know.
         """
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)
         if rows is None:
@@ -289,14 +301,22 @@ class Engine:
         return self.parts.suffix(*rows.tensors)
 
     def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Rows stand for all that the model was given when it was split; labels of a dict batch pass by."""
-        known = forward_arguments(self.model)
+        """Rows stand for all that the model was given when it was split: nothing else would reach the suffix."""
+        signature = inspect.signature(self.model.forward)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown and not open_ended:
+            raise TypeError(
+                f"{type(self.model).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}, with rows "
+                "as without; engine.model_inputs(batch) leaves out what the model does not take"
+            )
         extra = [f"argument {i}" for i, value in enumerate(args) if not isinstance(value, Rows)]
-        extra += [repr(name) for name, value in kwargs.items() if name in known and not isinstance(value, Rows)]
+        extra += [repr(name) for name, value in kwargs.items() if not isinstance(value, Rows)]
         if extra:
             raise UsageError(
                 f"engine() got rows and {', '.join(extra)}: the model was split with the inputs of the loader alone, "
-                "so nothing else reaches it. Name it in loader(inputs=…) if it is part of a batch, or use store='off'"
+                "so nothing else reaches it. Name it in loader(inputs=…) if it is part of a batch, leave it out with "
+                "engine.model_inputs(batch), or use store='off'"
             )
 
     def __repr__(self) -> str:

@@ -109,7 +109,7 @@ def _walk(state: Any, value: Any, depth: int, seen: set[int]) -> None:
     elif value is None or isinstance(value, bool | int | float | complex | np.generic):
         state.update(repr(value).encode())
     elif isinstance(value, str):
-        state.update(value.encode())
+        state.update(value.encode(errors="surrogatepass"))
     elif isinstance(value, bytes):
         state.update(value)
     elif isinstance(value, Path):

@@ -9,7 +9,7 @@ iterator of the batch sampler and draws a base seed; with workers ``_reset`` mak
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
+from cachefreeze.batches import map_tensors
 from cachefreeze.errors import LoaderError
 from cachefreeze.samples import is_map_style
 
@@ -46,12 +47,22 @@ class Rows:
     """Boundary activations of one batch: what the trainable part eats in place of raw inputs.
 
     A pytree; opaque to the training loop, which only hands it to the engine.
+
+    Attributes:
+        tensors: In the order of ``boundary.tensors``.
+        mode: The autocast state that they were made for.
+        owner: The split that made them.
+        raw: What the collate function gave in this place, where batches are collated anew each time (samples of
+            different lengths): the labels that a model consumes, for one. Else None.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], mode: NumericMode, owner: object, batch_dim: int = 0) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], mode: NumericMode, owner: object, batch_dim: int = 0, raw: Any = None
+    ) -> None:
         self.tensors = tuple(tensors)
         self.mode = mode
         self.owner = owner
+        self.raw = raw
         self._batch_dim = batch_dim
 
     def __len__(self) -> int:
@@ -62,20 +73,33 @@ class Rows:
 
     def to(self, *args: Any, **kwargs: Any) -> Rows:
         """As ``Tensor.to``, for every tensor."""
-        return self._replace([t.to(*args, **kwargs) for t in self.tensors])
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> Rows:
         """As ``Tensor.pin_memory``, for every tensor."""
-        return self._replace([t.pin_memory() for t in self.tensors])
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _replace(self, tensors: Sequence[Tensor]) -> Rows:
-        return Rows(tensors, self.mode, self.owner, self._batch_dim)
+    def beside(self, raw: Any) -> Rows:
+        """The same rows in the place of ``raw``."""
+        return Rows(self.tensors, self.mode, self.owner, self._batch_dim, raw)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        raw = map_tensors(change, self.raw)
+        return Rows([change(tensor) for tensor in self.tensors], self.mode, self.owner, self._batch_dim, raw)
+
+
+def _rebuilt(children: Any, context: Any) -> Rows:
+    tensors, *raw = children
+    return Rows(tensors, *context, *raw)
 
 
 pytree.register_pytree_node(
     Rows,
-    lambda rows: (list(rows.tensors), (rows.mode, rows.owner, rows._batch_dim)),
-    lambda tensors, context: Rows(list(tensors), *context),
+    lambda rows: (
+        [rows.tensors] if rows.raw is None else [rows.tensors, rows.raw],
+        (rows.mode, rows.owner, rows._batch_dim),
+    ),
+    _rebuilt,
 )
 
 
@@ -359,7 +383,7 @@ def worker_loader(dataloader: DataLoader[Any], source: RowSource, lists: Any) ->
 
 def move(batch: Any, device: torch.device) -> Any:
     """Every tensor of a batch on ``device``; pinned memory is copied without waiting."""
-    return pytree.tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
+    return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
 def check_loader(dataloader: Any) -> None:

@@ -83,6 +83,7 @@ class CacheManager:
             inputs=inputs,
             view=view,
             assume_deterministic=assume_deterministic,
+            padded=self.parts.padded,
         )
         return self.loader_for(dataloader, seen, name, version)
 
@@ -103,7 +104,7 @@ class CacheManager:
 
     def _new(self, name: str, view: View, where: str | Store, version: str) -> StoredRows:
         below = None if self._below is None else self._below._rows.get(name)
-        if below is None or self._segment is None:
+        if below is None or self._segment is None or view.ragged is not None:
             return StoredRows(self._prefix, name, view, where, version)
         return PromotedRows(self._prefix, name, view, where, version, below=below, segment=self._segment)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError
+from cachefreeze.formats import UniformRows
 from cachefreeze.loader import Computed, PassCounts
 from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, autocast, index_of
 from cachefreeze.samples import View
@@ -106,7 +107,7 @@ class PromotedRows(StoredRows):
             bad = list(dict.fromkeys(error.rows))
             good = [row for row in rows if row not in bad]
             return [self.compute(bad, self.fetch(bad)), *(self._promote(good) if good else [])]
-        tensors, fields = below.decoded(values)
+        tensors, fields = below.format.decode(index, values, self.prefix.device)
         return [self.make(rows, lambda: self._through_segment(rows, tensors, fields))]
 
     def _through_segment(self, rows: Sequence[int], tensors: Sequence[Tensor], fields: Sequence[Tensor]) -> Computed:
@@ -115,4 +116,6 @@ class PromotedRows(StoredRows):
         found = made if isinstance(made, tuple) else (made,)
         specs = self.prefix.parts.boundary.tensors
         kept = [tensor.narrow(spec.batch_dim, 0, len(rows)) for tensor, spec in zip(found, specs, strict=True)]
-        return self.encoded(rows, kept, [field[: len(rows)] for field in fields])
+        assert isinstance(self.format, UniformRows)  # samples of different lengths are not promoted
+        values = self.format.encode_beside(rows, kept, [field[: len(rows)] for field in fields])
+        return Computed(tuple(rows), values)

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError, StaleCacheError, UsageError
 from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
+from cachefreeze.formats import format_of
 from cachefreeze.isolation import preserved_random_state
-from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, worker_loader
+from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, move, worker_loader
 from cachefreeze.reporting import caching_line
 from cachefreeze.samples import View
-from cachefreeze.splitting import Parts
-from cachefreeze.stores import FieldSpec, Store, StoreSpec
-from cachefreeze.stores.codec import RowCodec, stored_dtype
+from cachefreeze.splitting import BoundaryTensor, Parts
+from cachefreeze.stores import Store, StoreSpec
 from cachefreeze.stores.opening import Wanted, open_store
 from cachefreeze.tracing import Example
 
@@ -94,7 +94,7 @@ class FrozenPrefix:
     def identity(self) -> dict[str, str]:
         """Fingerprint fields of the prefix and of how it computes."""
         tensors = [
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
+            f"{_own_shape(t)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
             for t in self.parts.boundary.tensors
         ]
         matmul = torch.get_float32_matmul_precision()
@@ -123,34 +123,20 @@ class StoredRows:
         self.view = view
         self.dataset = view.dataset
         parts = prefix.parts
-        self.codecs = [
-            RowCodec(
-                name=f"activation.{i}",
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                stored=stored_dtype(tensor.dtype, prefix.dtype),
-                batch_dim=tensor.batch_dim,
-                layout=tensor.layout,
-            )
-            for i, tensor in enumerate(parts.boundary.tensors)
-        ]
-        fields = [
-            FieldSpec(name=f"field.{i}", shape=tuple(values.shape[1:]), dtype=values.dtype)
-            for i, (_, values) in enumerate(view.fields())
-        ]
-        self.spec = StoreSpec(rows=len(view), fields=(*(codec.field for codec in self.codecs), *fields))
-        stored = ", ".join(str(codec.stored).removeprefix("torch.") for codec in self.codecs)
+        self.format = format_of(parts, view, prefix.dtype)
+        self.spec = StoreSpec(rows=len(view), fields=self.format.fields)
+        stored = [str(f.dtype).removeprefix("torch.") for f in self.spec.fields if f.name.startswith("activation.")]
         attributes = {
             "model": type(parts.model).__name__,
             "boundary": parts.boundary.name,
             "name": name,
-            **{f"field.{i}": path for i, path in enumerate(view.layout.field_names)},
+            **self.format.attributes,
         }
         wanted = Wanted(
             spec=self.spec,
             name=name,
             boundary=parts.boundary.name,
-            fingerprint={**prefix.identity(), "stored": stored, **view.identity(), "version": version},
+            fingerprint={**prefix.identity(), "stored": ", ".join(stored), **view.identity(), "version": version},
             attributes=attributes,
             device=prefix.device,
         )
@@ -175,12 +161,12 @@ class StoredRows:
         return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
 
     def fetch(self, rows: Sequence[int]) -> Any:
-        """The collated raw batch of ``rows``."""
-        return self.view.fetch(rows)
+        """The raw batch of ``rows``."""
+        return self.format.fetch(rows)
 
     def collate(self, samples: list[Any]) -> Any:
-        """The user's collate function; an empty list gives None."""
-        return self.view.collate_fn(samples) if samples else None
+        """The raw batch of a dataset's items; an empty list gives None."""
+        return self.format.collate(samples) if samples else None
 
     def compute(self, rows: Sequence[int], raw: Any) -> Computed:
         """Run the prefix over the raw batch of ``rows``; write those that no other process has or is about to write."""
@@ -206,7 +192,10 @@ class StoredRows:
         counts.cached += len(index) - made
         counts.repaired += sum(len(part.rows) for part in repaired)
         counts.kept = self.store.writable
-        return self._assemble(values)
+        tensors, rest = self.format.decode(index, values, self.prefix.device)
+        parts = self.prefix.parts
+        made_rows = Rows(tensors, self.prefix.mode, parts, parts.boundary.tensors[0].batch_dim)
+        return self.format.assemble(move(rest, self.prefix.device), made_rows)
 
     def progress(self) -> str:
         """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``; empty once the store is full."""
@@ -278,9 +267,8 @@ class StoredRows:
         return computed
 
     def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
-        layout = self.view.layout
-        tensors = self.prefix.run(layout.example(raw), len(rows))
-        return self.encoded(rows, tensors, layout.field_tensors(raw))
+        tensors = self.prefix.run(self.format.example(raw), len(rows))
+        return Computed(tuple(rows), self.format.encode(rows, raw, tensors))
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
         """Rows from the store; those that it does not keep from where they were computed."""
@@ -292,32 +280,20 @@ class StoredRows:
         read = self.store.read(index[stored])
         result = {}
         for field in self.spec.fields:
-            fresh = torch.empty((len(wanted), *field.shape), dtype=field.dtype, device=self.store.device)
-            fresh[torch.tensor(stored, dtype=torch.int64)] = read[field.name]
+            fresh = torch.zeros(field.batch_shape(index), dtype=field.dtype, device=self.store.device)
+            ragged = field.lengths is not None
+            some = fresh[:, : read[field.name].shape[1]] if ragged else fresh
+            some[torch.tensor(stored, dtype=torch.int64)] = read[field.name]
             for i, row in enumerate(wanted):
                 if row in place:
                     part, position = place[row]
-                    fresh[i] = part.values[field.name][position]
+                    value = part.values[field.name][position]
+                    if ragged:  # as wide as the batch it was computed in, zero after its own content
+                        fresh[i, : len(value)] = value[: fresh.shape[1]]
+                    else:
+                        fresh[i] = value
             result[field.name] = fresh
         return result
-
-    def decoded(self, values: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Stored values on the prefix's device: the tensors of the boundary, and the other fields."""
-        sent = [_sent(values[field.name], self.prefix.device) for field in self.spec.fields]
-        count = len(self.codecs)
-        return [codec.decode(rows) for codec, rows in zip(self.codecs, sent[:count], strict=True)], sent[count:]
-
-    def encoded(self, rows: Sequence[int], tensors: Sequence[Tensor], fields: Sequence[Tensor]) -> Computed:
-        """The inverse of :meth:`decoded`, for rows that were just made."""
-        samples = torch.tensor(list(rows))
-        values = {codec.name: codec.encode(tensor, samples) for codec, tensor in zip(self.codecs, tensors, strict=True)}
-        names = [field.name for field in self.spec.fields[len(self.codecs) :]]
-        return Computed(tuple(rows), values | dict(zip(names, fields, strict=True)))
-
-    def _assemble(self, values: dict[str, Tensor]) -> Any:
-        tensors, fields = self.decoded(values)
-        rows = Rows(tensors, self.prefix.mode, self.prefix.parts, self.codecs[0].batch_dim)
-        return self.view.layout.assemble(rows, fields)
 
     def recompute_some(self) -> None:
         """Recompute a few stored rows and compare: the last check that a reused store is what it claims to be."""
@@ -332,6 +308,7 @@ class StoredRows:
         computed = self._run_prefix(chosen.tolist(), self.fetch(chosen.tolist()))
         for field in self.spec.fields:
             a, b = stored[field.name], computed.values[field.name].to(stored[field.name].device)
+            b = b if field.lengths is None else b[:, : a.shape[1]]  # computed ones are as wide as their batch
             if torch.equal(a, b):
                 continue
             off = float((a.double() - b.double()).abs().max())
@@ -349,16 +326,12 @@ def index_of(rows: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, without waiting for what is queued there.
-
-    From pageable memory CUDA waits for the stream before it copies, ``non_blocking`` or not; pinned batches pass as
-    they are.
-    Source: https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
-    """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def _own_shape(tensor: BoundaryTensor) -> tuple[int | str, ...]:
+    """A sample's shape, without the padded length of the batch that happened to be split with."""
+    sizes: list[int | str] = list(tensor.shape)
+    for dim, _, _ in tensor.follows:
+        sizes[dim - (dim > tensor.batch_dim)] = "*"
+    return tuple(sizes)
 
 
 def model_device(model: torch.nn.Module) -> torch.device:
@@ -368,8 +341,9 @@ def model_device(model: torch.nn.Module) -> torch.device:
 
 
 def forward_arguments(model: torch.nn.Module) -> list[str]:
-    """Names of the arguments of a model's forward."""
-    return list(inspect.signature(model.forward).parameters)
+    """Names of the arguments of a model's forward; ``*args`` and ``**kwargs`` name none."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -1,10 +1,10 @@
-"""What a sample is: the fields of a batch, the deterministic view of a dataset, the probe for randomness."""
+"""What a sample is: the deterministic view of a dataset, and what of it enters the fingerprint."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from cachefreeze.batches import BatchLayout, Inputs
-from cachefreeze.errors import BatchDependentError, RandomSampleError, UsageError
+from cachefreeze.errors import BatchDependentError, UsageError
 from cachefreeze.fingerprint import digest
-from cachefreeze.isolation import RandomState, preserved_random_state
+from cachefreeze.isolation import preserved_random_state
+from cachefreeze.padding import Padded
+from cachefreeze.probing import check_deterministic
+from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.tracing import Example
 
 
@@ -28,11 +31,13 @@ class View:
         dataset: The dataset whose sample *i* row *i* stands for.
         collate_fn: The user's collate function.
         layout: The fields of a batch.
+        ragged: How long each sample is, where samples have different lengths.
     """
 
     dataset: Any
     collate_fn: Callable[[list[Any]], Any]
     layout: BatchLayout
+    ragged: RaggedSamples | None = None
 
     @classmethod
     def of(
@@ -43,6 +48,7 @@ class View:
         inputs: Inputs = None,
         view: Any = None,
         assume_deterministic: bool = False,
+        padded: frozenset[tuple[int, int]] = frozenset(),
     ) -> View:
         """Take the samples of a DataLoader, or of ``view``, and refuse what no single row can stand for.
 
@@ -52,6 +58,7 @@ class View:
             inputs: What the model consumes; see :class:`cachefreeze.batches.BatchLayout`.
             view: A deterministic transform or dataset in place of the loader's own.
             assume_deterministic: Skip the probe for randomness.
+            padded: Input leaves and their dimensions that are known to be padded.
         """
         dataset = deterministic_view(dataloader.dataset, view)
         collate: Any = dataloader.collate_fn
@@ -59,21 +66,42 @@ class View:
             check_deterministic(dataset, collate)
         with preserved_random_state():
             batch = collate_samples(dataset, collate, _first(dataset))
-        made = cls(dataset, collate, BatchLayout(batch, inputs, arguments))
+        layout = BatchLayout(batch, inputs, arguments, stored=False)
+        padded |= varying(lambda index: collate_samples(dataset, collate, [index]), layout, len(dataset))
+        if padded:
+            samples = measure(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset), padded)
+            made = cls(dataset, collate, layout, samples)
+        else:
+            made = cls(dataset, collate, BatchLayout(batch, inputs, arguments))
         check_batch_dims(made)
         return made
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def fetch(self, rows: Sequence[int]) -> Any:
-        """The collated raw batch of some samples. Random states are as before afterwards."""
+    def fetch(self, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None = None) -> Any:
+        """The collated raw batch of some samples. Random states are as before afterwards.
+
+        Args:
+            rows: Indices of the samples.
+            collate: In place of the user's collate function.
+        """
         with preserved_random_state():
-            return collate_samples(self.dataset, self.collate_fn, rows)
+            return collate_samples(self.dataset, collate or self.collate_fn, rows)
 
     def example(self) -> Example:
         """The model's inputs for a few samples (at least two rows)."""
-        return self.layout.example(self.fetch(_first(self.dataset)))
+        rows = _first(self.dataset) if self.ragged is None else self.ragged.batches()[0]
+        return self.layout.example(self.fetch(rows))
+
+    def padded_batches(self, device: torch.device) -> list[tuple[Padded, list[int]]]:
+        """Batches of samples of different lengths, to split and to verify with, and the samples in them."""
+        assert self.ragged is not None
+        made = []
+        for rows in self.ragged.batches():
+            batch = self.ragged.padded(self.fetch(rows), rows)
+            made.append((replace(batch, example=batch.example.to(device)), rows))
+        return made
 
     def fields(self) -> list[tuple[str, Tensor]]:
         """Path of every stored field, and its values for a few samples."""
@@ -84,10 +112,13 @@ class View:
         """Fingerprint fields of the data: what the dataset is made of, and the content of some samples.
 
         Files on disk are known by relative path, size and time of modification: an edit that keeps all three, in a
-        sample that is not among those digested here, goes unnoticed.
+        sample that is not among those digested here, goes unnoticed. Where samples have different lengths, all of
+        them are read and digested, as items and as they are collated.
         """
+        if self.ragged is not None:
+            return self.ragged.identity
         count = len(self)
-        some = sorted({round(i * (count - 1) / (_DIGESTED - 1)) for i in range(_DIGESTED)})
+        some = evenly(count, _DIGESTED)
         batch = self.fetch(some)
         consumed = self.layout.example(batch)
         return {
@@ -110,8 +141,13 @@ def _first(dataset: Any) -> list[int]:
 
 def collate_samples(dataset: Any, collate: Callable[[list[Any]], Any], indices: Sequence[int]) -> Any:
     """What a DataLoader's fetcher does for one batch of indices."""
+    return collate(fetch_samples(dataset, indices))
+
+
+def fetch_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """The dataset's items of some indices, fetched as a DataLoader does."""
     batched = getattr(dataset, "__getitems__", None)
-    return collate(batched(list(indices)) if batched else [dataset[i] for i in indices])
+    return list(batched(list(indices))) if batched else [dataset[i] for i in indices]
 
 
 def check_batch_dims(view: View) -> None:
@@ -125,56 +161,15 @@ def check_batch_dims(view: View) -> None:
         batch = view.fetch(_first(view.dataset)[:count])
         example = layout.example(batch)
         consumed = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
-        named = [*zip(layout.field_names, layout.field_tensors(batch), strict=True)]
+        named: list[tuple[str, Tensor]] = []
+        if view.ragged is None:  # else what is not consumed is the user's own in every batch
+            named += zip(layout.field_names, layout.field_tensors(batch), strict=True)
         named += [(str(layout.consumed[0]), leaf) for leaf in consumed]
         for name, leaf in named:
             if leaf.dim() == 0 or leaf.shape[0] != count:
                 raise BatchDependentError(
                     f"field {name!r} has shape {tuple(leaf.shape)} for a batch of {count} samples: it belongs to the "
                     "batch, not to its samples, so it cannot be cached; make it in the training loop instead"
-                )
-
-
-def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-    """Refuse a dataset or a collate function that is random.
-
-    A random transform shows itself by moving a random state, also when the draw changed nothing; two differing
-    draws catch generators of its own. Drawing twice alone misses rare transforms.
-
-    Raises:
-        RandomSampleError: With a line to paste.
-        BatchDependentError: The collate function mixes samples.
-    """
-    count = len(dataset)
-    some = sorted({0, count // 2, count - 1})
-    with preserved_random_state():
-        for index in some:
-            before = RandomState.capture()
-            first = dataset[index]
-            moved = before.moved()
-            second = dataset[index]
-            if moved or digest(first) != digest(second):
-                how = f"draws from {', '.join(moved)}" if moved else "returns something else every time"
-                raise RandomSampleError(
-                    f"dataset[{index}] {how}, so no single row stands for the sample. Cache a deterministic view: "
-                    f"{view_line(dataset)}; or pass assume_deterministic=True if the draw changes nothing"
-                )
-        a, b = dataset[some[0]], dataset[some[-1]]
-        before = RandomState.capture()
-        together = collate([copy.deepcopy(a), copy.deepcopy(b)])
-        moved = before.moved()
-        again = collate([copy.deepcopy(a), copy.deepcopy(b)])
-        if moved or digest(together) != digest(again):
-            raise RandomSampleError(
-                "the collate function is random (CutMix, MixUp, masking?), so no single row stands for a sample. Give "
-                "the loader a deterministic collate_fn and mix in the training loop; or pass assume_deterministic=True"
-            )
-        alone = collate([copy.deepcopy(a), copy.deepcopy(a)])
-        for one, two in zip(pytree.tree_leaves(alone), pytree.tree_leaves(together), strict=False):
-            if isinstance(one, Tensor) and one.dim() and two.dim() and not _same_row(one[0], two[0]):
-                raise BatchDependentError(
-                    "the collate function makes a sample depend on the others of its batch, so no single row stands "
-                    "for it. Give the loader a collate_fn that only stacks, and mix in the training loop"
                 )
 
 
@@ -198,31 +193,6 @@ def deterministic_view(dataset: Any, view: Any) -> Any:
     return _with_transform(dataset, view)
 
 
-def view_line(dataset: Any) -> str:
-    """A line to paste: the user's own pipeline with its random steps replaced or left out."""
-    transform = _transform_of(dataset)
-    steps = list(getattr(transform, "transforms", [transform] if transform is not None else []))
-    if not steps:
-        return "view=<the same dataset without its random steps>"
-    written = [text for step in steps for text in _deterministic(step)]
-    return f"view=Compose([{', '.join(written)}])" if written else "view=<a deterministic transform>"
-
-
-def _same_row(a: Any, b: Any) -> bool:
-    """Equal up to padding: the common part is equal."""
-    if a.dim() != b.dim():
-        return False
-    common = tuple(slice(0, min(x, y)) for x, y in zip(a.shape, b.shape, strict=True))
-    return torch.equal(a[common], b[common])
-
-
-def _transform_of(dataset: Any) -> Any:
-    inner = dataset.datasets[0] if isinstance(dataset, ConcatDataset) else dataset
-    while isinstance(inner, Subset):
-        inner = inner.dataset
-    return getattr(inner, "transform", None)
-
-
 def _with_transform(dataset: Any, transform: Any) -> Any:
     made = copy.copy(dataset)
     if isinstance(dataset, Subset):
@@ -241,31 +211,6 @@ def _with_transform(dataset: Any, transform: Any) -> Any:
     if both is not None and hasattr(both, "target_transform"):  # torchvision's VisionDataset calls this one
         made.transforms = type(both)(transform, both.target_transform)
     return made
-
-
-# Random steps of torchvision's transforms and what stands for them in a deterministic view.
-_LEFT_OUT = {"ColorJitter", "AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix", "ElasticTransform"}
-
-
-def _deterministic(step: Any) -> list[str]:
-    name = type(step).__name__
-    if name == "RandomResizedCrop":
-        size = step.size[0] if isinstance(step.size, tuple | list) else step.size
-        return [f"Resize({round(size * 256 / 224)})", f"CenterCrop({size})"]
-    if name == "RandomCrop":
-        size = step.size[0] if isinstance(step.size, tuple | list) else step.size
-        return [f"CenterCrop({size})"]
-    if name.startswith("Random") or name in _LEFT_OUT:
-        return []
-    if name in ("Resize", "CenterCrop"):
-        size = step.size[0] if isinstance(step.size, tuple | list) and len(set(step.size)) == 1 else step.size
-        return [f"{name}({size})"]
-    if name == "Normalize":
-        return [f"Normalize({tuple(step.mean)}, {tuple(step.std)})"]
-    if hasattr(step, "__name__"):
-        return [step.__name__]
-    text = repr(step)
-    return [f"{name}()" if text.startswith("<") or "\n" in text else text]
 
 
 def _labels(dataset: Any) -> Any:

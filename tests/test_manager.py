@@ -398,7 +398,10 @@ def test_arguments_beside_rows_are_refused_not_dropped():
     for call in (lambda: engine(rows, 3.0), lambda: engine(rows, factor=3.0)):
         with pytest.raises(UsageError, match="nothing else reaches it"):
             call()
-    engine(x=rows, label=torch.zeros(3))  # what a dict batch holds beside the model's own arguments
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):
+        engine(x=rows, label=torch.zeros(3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):  # as without rows
+        engine(x=make_data().tensors[0], label=torch.zeros(3))
 
 
 def test_plain_attributes_are_followed_from_pass_to_pass():

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError, UsageError
 from cachefreeze.isolation import RandomState
-from cachefreeze.samples import view_line
+from cachefreeze.probing import view_line
 
 
 def make_model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +14,18 @@ from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.costs import blocks
 from cachefreeze.splitting.fx_executor import FxExecutor
+from cachefreeze.splitting.padded_verification import verify_padded
 from cachefreeze.splitting.planner import check_reads
 from cachefreeze.splitting.replay_executor import ReplayExecutor
 from cachefreeze.splitting.segment import make_segment
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
-__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "split"]
+__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "split", "split_padded"]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
@@ -39,8 +42,9 @@ class Parts:
         boundary: Name of the first trainable block, and the tensors that cross.
         executor: Which executor made the cut.
         cached_fraction: Share of the forward's FLOPs that the cache removes, 0 to 1.
-        origin: Where the model was cut, and the inputs that the split was verified with.
         frozen_after: Names of frozen parameters that lie behind trainable ones, so that the cache spares them nothing.
+        origin: Where the model was cut, and the inputs that the split was verified with.
+        inputs: Names of the leaves of the model's inputs, where samples have different lengths.
     """
 
     model: nn.Module
@@ -51,7 +55,12 @@ class Parts:
     cached_fraction: float
     frozen_after: tuple[str, ...]
     origin: tuple[Site, Example] = field(repr=False)
-    _before: tuple[str, ...] = field(repr=False)
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def padded(self) -> frozenset[tuple[int, int]]:
+        """Input leaves and their dimensions that rows follow, where samples have different lengths."""
+        return frozenset((leaf, dim) for tensor in self.boundary.tensors for _, leaf, dim in tensor.follows)
 
     def follow(self) -> None:
         """Check that prefix and suffix are still the model's own; called at the start of every pass.
@@ -60,7 +69,9 @@ class Parts:
             StaleCacheError: A module was replaced after the split.
             FreezeError: What runs before the boundary is in train mode, which rows cannot follow.
         """
-        _check_modes(self.model, self._before, self.boundary.name)
+        site = self.origin[0]
+        if site.by_flags:
+            _check_modes(site)
         follow = getattr(self.suffix, "follow", None)
         if follow is not None:
             follow()
@@ -111,6 +122,46 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
             frozen by hand is still in train mode.
         SplitError: No executor can cut here exactly; the message names the module or op in the way.
     """
+    site, example = _located(model, example_inputs, train_from)
+    reasons = []
+    for executor in _EXECUTORS:
+        try:
+            cut = executor.cut(site, example)
+            verify(cut, site, example)
+            check_reads(site, example)
+        except SplitError as error:
+            reasons.append(str(error))
+            continue
+        return _parts(cut, site, example, executor.name)
+    raise SplitError("; ".join(dict.fromkeys(reasons)))
+
+
+def split_padded(
+    model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]]], inputs: tuple[str, ...] = ()
+) -> Parts:
+    """:func:`split` for samples of different lengths: rows hold content alone, raw inputs are given with them.
+
+    Only the replay executor cuts here: a traced graph has the padded length of its example in it.
+
+    Args:
+        model: As for :func:`split`; the boundary is read from ``requires_grad``.
+        batches: Padded batches and the samples in them: of at least three samples, then of two and padded less, then
+            any others. Some samples are in several of them.
+        inputs: Names of the leaves of the model's inputs: rows are given with these, in this order.
+
+    Raises:
+        FreezeError, SplitError: As for :func:`split`.
+        BatchDependentError: A row depends on how far its batch is padded.
+    """
+    site, example = _located(model, batches[0][0].example, None)
+    executor = ReplayExecutor()
+    cut = executor.cut(site, example, batches[1][0].example)
+    verify(cut, site, example)
+    verify_padded(cut, site, batches)
+    return _parts(cut, site, example, executor.name, inputs)
+
+
+def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
     example = Example.of(example_inputs)
     if example.batch < 2:
         raise SplitError(
@@ -126,23 +177,24 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
         )
     site = _site(model, name, usage, train_from is None)
     if train_from is None:
-        _check_modes(model, site.before, name)
+        _check_modes(site)
     _check_trainable(site)
-    reasons = []
-    for executor in _EXECUTORS:
-        try:
-            cut = executor.cut(site, example)
-            verify(cut, site, example)
-            check_reads(site, example)
-        except SplitError as error:
-            reasons.append(str(error))
-            continue
-        boundary = Boundary(name=name, tensors=cut.tensors)
-        fraction = _cached_fraction(cut, model, example)
-        after = tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen)
-        held = site.before if train_from is None else ()
-        return Parts(model, cut.prefix, cut.suffix, boundary, executor.name, fraction, after, (site, example), held)
-    raise SplitError("; ".join(dict.fromkeys(reasons)))
+    return site, example
+
+
+def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[str, ...] = ()) -> Parts:
+    model = site.model
+    return Parts(
+        model=model,
+        prefix=cut.prefix,
+        suffix=cut.suffix,
+        boundary=Boundary(name=site.name, tensors=cut.tensors),
+        executor=executor,
+        cached_fraction=_cached_fraction(cut, model, example),
+        frozen_after=tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen),
+        origin=(site, example),
+        inputs=inputs,
+    )
 
 
 def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
@@ -151,7 +203,7 @@ def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
         trainable = (e for n, e in usage.parameters.items() if model.get_parameter(n).requires_grad)
         event = min([event, *trainable])
     frozen = frozenset(n for n, used in usage.parameters.items() if used < event)
-    return Site(model, name, event, usage, tuple(runs_before(model, usage, event)), frozen)
+    return Site(model, name, event, usage, tuple(runs_before(model, usage, event)), frozen, by_flags)
 
 
 def _check_trainable(site: Site) -> None:
@@ -168,9 +220,10 @@ def _check_trainable(site: Site) -> None:
     )
 
 
-def _check_modes(model: nn.Module, before: tuple[str, ...], boundary: str) -> None:
+def _check_modes(site: Site) -> None:
     """Flags set by hand freeze no statistics and no dropout: say so rather than cache something else."""
-    for name in before:
+    model, boundary = site.model, site.name
+    for name in site.before:
         module = model.get_submodule(name)
         above = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
         if module.training and is_stochastic(module) and not any(is_locked(m) for m in (module, *above)):

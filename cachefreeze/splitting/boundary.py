@@ -27,6 +27,9 @@ class BoundaryTensor:
             comes back as it was made.
         folded: How many neighbouring entries of the batch dimension a sample owns, where the model folds another one
             into it (the frames of a video): the first of ``shape`` from ``batch_dim`` on. 0 where it does not.
+        input: Which leaf of the model's inputs it is, if it is one; known where samples have different lengths.
+        follows: (dimension of the batched tensor, leaf of the model's inputs, dimension of that leaf) for every
+            dimension that is as long as the batch is padded.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +37,8 @@ class BoundaryTensor:
     batch_dim: int
     layout: tuple[int, ...]
     folded: int = 0
+    input: int | None = None
+    follows: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def bytes_per_sample(self) -> int:
@@ -79,8 +84,8 @@ class Boundary:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Bytes of one sample's activations."""
-        return sum(tensor.bytes_per_sample for tensor in self.tensors)
+        """Bytes of one sample's activations, at the padded length of the example; inputs that are kept raw are none."""
+        return sum(tensor.bytes_per_sample for tensor in self.tensors if tensor.input is None)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Site:
         usage: What a forward uses, in order.
         before: Modules that run before the boundary.
         frozen: Names of the parameters first used before it.
+        by_flags: Whether the boundary was read from ``requires_grad``, rather than asked for.
     """
 
     model: nn.Module
@@ -111,6 +117,7 @@ class Site:
     usage: Usage
     before: tuple[str, ...]
     frozen: frozenset[str]
+    by_flags: bool = True
 
     @property
     def first_call(self) -> Call | None:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
 from cachefreeze.splitting.recording import ClosedCall, OpenInstead, Place, Recording, Rules, Value, record
 from cachefreeze.tracing import Example
 
@@ -45,13 +46,14 @@ class Plan:
     stand_ins: frozenset[int]
 
 
-def plan(site: Site, example: Example, *, free_inputs: bool = False) -> Plan:
+def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
     """Record and choose.
 
     Args:
         site: Where to cut.
-        example: Inputs; two and three of their samples are used.
-        free_inputs: Whether raw inputs are at hand in the suffix without being kept.
+        example: The model's inputs; two and three of their samples are used.
+        shorter: Others that are padded to another length, where samples have different lengths: raw inputs then cost
+            nothing and are all kept, since a batch is collated anew each time.
 
     Raises:
         SplitError: The forward cannot be recorded alike at two batch sizes, or no rows can hold what crosses.
@@ -59,7 +61,7 @@ def plan(site: Site, example: Example, *, free_inputs: bool = False) -> Plan:
     opened: set[str] = set()
     while True:
         try:
-            return _plan(site, example, frozenset(opened), free_inputs)
+            return _plan(site, example, frozenset(opened), shorter)
         except OpenInstead as found:
             module = site.model.get_submodule(found.name)
             if found.name in opened or not found.name or next(module.children(), None) is None:
@@ -70,15 +72,18 @@ def plan(site: Site, example: Example, *, free_inputs: bool = False) -> Plan:
             opened.add(found.name)
 
 
-def _plan(site: Site, example: Example, opened: frozenset[str], free_inputs: bool) -> Plan:
+def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example | None) -> Plan:
     two, three = (record_at(site, example, samples, opened, train=True) for samples in (2, 3))
     compare(two, three, f"what runs before {site.name!r}")
+    if shorter is not None:
+        follow_lengths(site, two, record_at(site, shorter, 2, opened, train=True))
     one_mode = record_at(site, example, 2, opened, train=False, live=frozenset(two.live))
     _take_specs(one_mode, two)
-    inputs = {v.place for v in two.values if v.place is not None and v.place[0] == "input"} if free_inputs else set()
+    inputs = {value.place for value in two.values if value.spec is not None and value.spec.input is not None}
     kept, again = _kept(two, site, example, inputs)
+    kept |= inputs
     # what is kept for one mode costs the other nothing
-    more, again_too = _kept(one_mode, site, example, inputs | kept)
+    more, again_too = _kept(one_mode, site, example, kept)
     order = {value.place: value for value in two.values if value.place in kept | more}
     places = tuple(place for place in order if place is not None)
     lost = next((p for p in places if p[0] in ("output", "written") and p[1:3] not in one_mode.closed), None)
@@ -198,7 +203,7 @@ def minimum_cut(
     for number in before:
         value = values[number]
         foreign = value.place is not None and value.place[0] == "argument" and value.place[1] != block
-        can = value.place is not None and value.spec is not None and not value.random and not foreign
+        can = value.place is not None and fits_a_row(value.spec) and not value.random and not foreign
         bytes_kept = 0 if value.place in free else _spec(value).bytes_per_sample if can else 0
         graph.add_edge((number, "in"), (number, "out"), **({"capacity": bytes_kept} if can else {}))
         for source in value.inputs:
@@ -213,7 +218,7 @@ def minimum_cut(
     except nx.NetworkXUnbounded:
         reaching = nx.ancestors(graph, "used")
         sources = (n for n in before if values[n].opaque)
-        return set(), set(), next(n for n in sources if values[n].spec is None and (n, "out") in reaching)
+        return set(), set(), next(n for n in sources if not fits_a_row(values[n].spec) and (n, "out") in reaching)
     kept = {n for n in before if (n, "out") in near and (n, "in") not in near}
     return kept, {n for n in before if (n, "in") in near}, None
 
@@ -231,9 +236,9 @@ def _kept(
                 f"replay: input {input_name(site, example, place[3] if place else 0)} of shape {shape} has no batch "
                 f"dimension and is used after {site.name!r}, so no row can hold it; make it a constant of the model"
             )
-        raise OpenInstead(
-            place[1], f"returns a tensor {shape} that has no batch dimension and is used after {site.name!r}"
-        )
+        length = recording.values[obstacle].spec is not None
+        what = "follows the padded length in a way that no row can" if length else "has no batch dimension"
+        raise OpenInstead(place[1], f"returns a tensor {shape} that {what} and is used after {site.name!r}")
     again = {key for key, call in recording.closed.items() if call.made & live}
     return {recording.values[number].place for number in kept}, again
 

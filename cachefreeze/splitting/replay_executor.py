@@ -5,6 +5,8 @@ What is not kept is a poison: a fake tensor while the cut is proven (no output m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -24,10 +26,16 @@ class ReplayExecutor:
 
     name = "replay"
 
-    def cut(self, site: Site, example: Example) -> Cut:
-        """Propose a prefix and a suffix; raises SplitError where no rows can hold what crosses."""
-        planned = plan(site, example)
-        if not planned.kept:
+    def cut(self, site: Site, example: Example, shorter: Example | None = None) -> Cut:
+        """Propose a prefix and a suffix; raises SplitError where no rows can hold what crosses.
+
+        Args:
+            site: Where to cut.
+            example: The model's inputs.
+            shorter: Others that are padded to another length, where samples have different lengths.
+        """
+        planned = plan(site, example, shorter)
+        if all(tensor.input is not None for tensor in planned.tensors):
             raise SplitError(f"replay: nothing that is used after {site.name!r} depends on the inputs")
         with site.mode(train=False):
             prefix = ReplayPrefix(site, planned)
@@ -37,12 +45,13 @@ class ReplayExecutor:
         rows = [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
         for train in (False, True):
             with preserved_random_state(), preserved_state(site.model), site.mode(train=train), torch.no_grad():
-                _prove(suffix, rows, site)
+                output = _prove(suffix, rows, site)
+            suffix.drops_generation_caches |= any(trees.is_generation_cache(leaf) for leaf in trees.leaves(output))
         return Cut(prefix, suffix, planned.tensors)
 
 
-def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site) -> None:
-    """No output may depend on what is not kept."""
+def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site) -> Any:
+    """The output, of which nothing may depend on what is not kept."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, writable: bool) -> Tensor:
@@ -58,3 +67,4 @@ def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site) -> None:
         raise SplitError(f"replay: what runs after {site.name!r} reads a value that is not kept: {first}") from error
     if any(isinstance(leaf, FakeTensor) for leaf in trees.leaves(output)):
         raise SplitError(f"replay: an output of {type(site.model).__name__} depends on a value that is not kept")
+    return output

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import Plan, input_name
 from cachefreeze.splitting.recording import ClosedCall, Place, Value
 from cachefreeze.splitting.replay_prefix import Numbers
@@ -28,6 +29,7 @@ class _Pass:
 
     Attributes:
         rows: What is kept, in the order of the boundary's tensors.
+        input_shapes: Of the leaves of the model's inputs, which padded dimensions follow.
         checkpointed: Whether a stub was called under activation checkpointing, which calls it again in the backward.
         in_backward: Whether the backward of this pass has begun.
     """
@@ -37,6 +39,7 @@ class _Pass:
         self.batch = batch
         self.poison = poison
         self.numbers = Numbers()
+        self.input_shapes: list[tuple[int, ...]] = []
         self.grad = torch.is_grad_enabled()
         self.checkpointed = False
         self.in_backward = False
@@ -297,6 +300,7 @@ class _Inputs:
                 given.append(poisoned(current, what.spec, what.shape, what.dtype, what.written))
             else:
                 given.append(current.rows[row])
+        current.input_shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in given]
         return pytree.tree_unflatten(given, self._tree)
 
 
@@ -305,12 +309,7 @@ def poisoned(
 ) -> Tensor:
     """What stands for a value that is not kept, with the batch of the rows."""
     if spec is not None:
-        sizes = list(spec.shape)
-        if spec.folded:
-            sizes[spec.batch_dim] *= current.batch
-        else:
-            sizes.insert(spec.batch_dim, current.batch)
-        shape = tuple(sizes)
+        shape = sizes_at(spec, current.batch, current.input_shapes)
     made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
     return made
 

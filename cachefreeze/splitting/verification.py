@@ -47,14 +47,14 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                 random_state.restore()  # a suffix may be random even in eval mode
                 expected = _fresh_call(site, some.fresh().call, site.model)
                 random_state.restore()
-                rows = _rows(cut, some.fresh())
+                rows = rows_of(cut, some.fresh())
                 moved = random_state.moved()
                 if moved:
                     raise SplitError(
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
                         "so no row is fixed; train from an earlier block"
                     )
-                _compare("eval output", expected, _fresh_call(site, _suffix, cut, rows, site), site)
+                compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site), site)
             _check_unwritten(cut, two, before, site)
             _check_separable(cut, site, two)
             _check_separable(cut, site, example)
@@ -69,12 +69,14 @@ def _fresh_call(site: Site, function: Any, *arguments: Any) -> Any:
         return trees.without_generation_caches(function(*arguments))
 
 
-def _rows(cut: Cut, some: Example) -> list[Tensor]:
+def rows_of(cut: Cut, some: Example) -> list[Tensor]:
+    """What the prefix makes, in tensors of its own."""
     made = some.call(cut.prefix)
     return [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
 
 
-def _suffix(cut: Cut, rows: list[Tensor], site: Site) -> Any:
+def suffix_of(cut: Cut, rows: list[Tensor], site: Site) -> Any:
+    """What the suffix makes of rows; raises SplitError where it cannot run."""
     try:
         return cut.suffix(*rows)
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
@@ -116,15 +118,15 @@ def _check_unwritten(cut: Cut, some: Example, before: list[nn.Module], site: Sit
 
 
 def _check_separable(cut: Cut, site: Site, example: Example) -> None:
-    together = _rows(cut, example.fresh())
+    together = rows_of(cut, example.fresh())
     for sample in range(min(example.batch, _SAMPLES)):
-        alone = _rows(cut, example.take([sample] * 3))  # other samples, and another number of them
+        alone = rows_of(cut, example.take([sample] * 3))  # other samples, and another number of them
         for spec, all_rows, one in zip(cut.tensors, together, alone, strict=True):
             wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
-            if not _close(wanted, got, _ACROSS_BATCHES):
+            if not close(wanted, got, _ACROSS_BATCHES):
                 raise BatchDependentError(
                     f"a row before {site.name!r} depends on the other samples of its batch (sample {sample}: "
-                    f"{_difference(wanted, got)}), so it cannot be cached; train from an earlier block"
+                    f"{difference(wanted, got)}), so it cannot be cached; train from an earlier block"
                 )
 
 
@@ -135,7 +137,7 @@ def _sample(rows: Tensor, spec: BoundaryTensor, index: int) -> Tensor:
 def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
     """One seeded forward and backward of the model and of the split: outputs, gradients, buffers, random draws."""
     try:
-        whole = _train_once(site.model, lambda: some.fresh().call(site.model), seed)
+        whole = train_once(site.model, lambda: some.fresh().call(site.model), seed)
     except SplitError:
         raise
     except RuntimeError as error:
@@ -143,18 +145,19 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
             f"{type(site.model).__name__} itself cannot be trained on these inputs: {_first_line(error)}"
         ) from error
     try:
-        split = _train_once(site.model, lambda: _suffix(cut, _rows(cut, some.fresh()), site), seed)
+        split = train_once(site.model, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site), seed)
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
         raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {_first_line(error)}") from error
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole[:3], split[:3], strict=True):
-        _compare(what, expected, got, site)
+        compare(what, expected, got, site)
     if whole[3] != split[3]:
         raise SplitError(f"the split at {site.name!r} draws other random numbers in training than the model")
 
 
-def _train_once(model: nn.Module, forward: Any, seed: int) -> tuple[Any, Any, Any, Any]:
+def train_once(model: nn.Module, forward: Any, seed: int) -> tuple[Any, Any, Any, Any]:
+    """Output, gradients, buffers and random states of one seeded forward and backward; all put back."""
     parameters = dict(model.named_parameters())
     grads = {name: p.grad for name, p in parameters.items()}
     with preserved_state(model), preserved_random_state():
@@ -195,7 +198,8 @@ def _weights(tensor: Tensor) -> Tensor:
     return torch.cos(torch.arange(tensor.numel(), device=tensor.device, dtype=torch.float32)).view(tensor.shape)
 
 
-def _compare(what: str, expected: Any, got: Any, site: Site) -> None:
+def compare(what: str, expected: Any, got: Any, site: Site) -> None:
+    """Raise SplitError unless two trees of values are equal within rounding."""
     wanted, structure = trees.flatten(expected)
     found, other = trees.flatten(got)
     if structure != other:
@@ -209,17 +213,17 @@ def _compare(what: str, expected: Any, got: Any, site: Site) -> None:
                 f"{what} of {type(site.model).__name__} holds a {type(a).__name__}, which cannot be compared with that "
                 f"of the split at {site.name!r}; return tensors, or a dataclass of them"
             )
-        same = _close(a, b, floor=floor) if both else type(a) is type(b) and a == b
+        same = close(a, b, floor=floor) if both else type(a) is type(b) and a == b
         if not same:
             where = repr(names[at]) if len(names) == len(wanted) else f"leaf {at}" if len(wanted) > 1 else "it"
             raise SplitError(
-                f"{what} of the split at {site.name!r} is not the model's: {where} differs ({_difference(a, b)})"
+                f"{what} of the split at {site.name!r} is not the model's: {where} differs ({difference(a, b)})"
             )
 
 
 def close_rows(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of rows are equal within what another batch size rounds."""
-    return _close(a, b, _ACROSS_BATCHES)
+    return close(a, b, _ACROSS_BATCHES)
 
 
 def _magnitude(tensor: Tensor) -> float:
@@ -230,7 +234,8 @@ def _magnitude(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
-def _close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> bool:
+def close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> bool:
+    """Equal within ``factor`` times the rounding of the dtype, relative to the largest magnitude."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = _real(_dense(a)), _real(_dense(b))
@@ -249,7 +254,8 @@ def _close(a: Tensor, b: Tensor, factor: float = 1.0, floor: float = 0.0) -> boo
     return float((wanted - got).abs().max()) <= allowed
 
 
-def _difference(a: Any, b: Any) -> str:
+def difference(a: Any, b: Any) -> str:
+    """How two values differ, in words."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.numel():
         a, b = _real(_dense(a)), _real(_dense(b))
         return f"largest difference {float((a.double() - b.double()).abs().max()):.2g}"

@@ -1,0 +1,266 @@
+"""What a row holds, and how the user's batch is made of rows again.
+
+Samples of one shape: the activations, and every other tensor of the batch beside them. Samples of different lengths:
+the activations of their content, and the raw item, of which the user's collate function makes each batch anew.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import ceil
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefreeze.errors import LoaderError
+from cachefreeze.padding import Padded, input_leaves
+from cachefreeze.samples import View
+from cachefreeze.splitting import Parts
+from cachefreeze.splitting.boundary import BoundaryTensor
+from cachefreeze.splitting.padded_verification import dims_of, padded, unpadded
+from cachefreeze.stores import FieldSpec, Lengths
+from cachefreeze.stores.codec import RowCodec, stored_dtype
+from cachefreeze.tracing import Example
+
+# Raw items are kept in steps of this many bytes: a batch of them is gathered step by step.
+_RAW_STEP_BYTES = 16
+
+
+class RowFormat(ABC):
+    """What a store's rows hold for the samples of one view.
+
+    A *raw batch* is what :meth:`collate` makes of samples, in this process or in a worker; only a format looks inside.
+
+    Attributes:
+        view: The samples.
+        fields: Of the store.
+        attributes: Readable facts about the fields.
+    """
+
+    def __init__(self, parts: Parts, view: View, dtype: str | torch.dtype | None) -> None:
+        self.view = view
+        self.parts = parts
+        self.dtype = dtype
+        self.fields: tuple[FieldSpec, ...] = ()
+        self.attributes: dict[str, str] = {}
+
+    def fetch(self, rows: Sequence[int]) -> Any:
+        """The raw batch of some samples. Random states are as before afterwards."""
+        return self.view.fetch(rows, self.collate)
+
+    @abstractmethod
+    def collate(self, samples: list[Any]) -> Any:
+        """The raw batch of a dataset's items."""
+
+    @abstractmethod
+    def example(self, raw: Any) -> Example:
+        """The model's inputs within a raw batch."""
+
+    @abstractmethod
+    def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is stored for some samples: of their raw batch, and of the activations that the prefix made of it."""
+
+    @abstractmethod
+    def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
+        """What the suffix takes for ``rows``, and the user's batch in which it goes: :meth:`assemble` joins them."""
+
+    @abstractmethod
+    def assemble(self, batch: Any, rows: Any) -> Any:
+        """The user's batch with ``rows`` in place of what the model consumes."""
+
+    def _codec(self, number: int, spec: BoundaryTensor, shape: tuple[int, ...] | None = None) -> RowCodec:
+        lies = {} if shape is not None else {"batch_dim": spec.batch_dim, "layout": spec.layout}
+        return RowCodec(
+            name=f"activation.{number}",
+            shape=spec.shape if shape is None else shape,
+            dtype=spec.dtype,
+            stored=stored_dtype(spec.dtype, self.dtype),
+            **lies,  # type: ignore[arg-type]
+        )
+
+
+def format_of(parts: Parts, view: View, dtype: str | torch.dtype | None) -> RowFormat:
+    """The format that fits a split and the samples.
+
+    Raises:
+        LoaderError: The samples have different lengths, and the split was made for one length, or with other inputs.
+    """
+    if view.ragged is None:
+        return UniformRows(parts, view, dtype)
+    if not parts.padded:
+        raise LoaderError(
+            f"the samples of this loader have different lengths ({'; '.join(a.name for a in view.ragged.axes)}), but "
+            "the model was split for samples of one length: let the Engine split it, and give it a loader with "
+            "different lengths first"
+        )
+    if parts.inputs != view.layout.input_names:
+        raise LoaderError(
+            f"the batches of this loader give the model {', '.join(view.layout.input_names)}, but it was split with "
+            f"{', '.join(parts.inputs)}: give it the same inputs in the same order, labels included"
+        )
+    return RaggedRows(parts, view, dtype)
+
+
+@final
+class UniformRows(RowFormat):
+    """Activations, and the other tensors of a batch beside them."""
+
+    def __init__(self, parts: Parts, view: View, dtype: str | torch.dtype | None) -> None:
+        super().__init__(parts, view, dtype)
+        self._codecs = [self._codec(i, spec) for i, spec in enumerate(parts.boundary.tensors)]
+        self._shapes = _shapes(view.example())
+        beside = [
+            FieldSpec(name=f"field.{i}", shape=tuple(values.shape[1:]), dtype=values.dtype)
+            for i, (_, values) in enumerate(view.fields())
+        ]
+        self.fields = (*(codec.field for codec in self._codecs), *beside)
+        self.attributes = {f"field.{i}": path for i, path in enumerate(view.layout.field_names)}
+
+    def collate(self, samples: list[Any]) -> Any:
+        """The user's batch."""
+        return self.view.collate_fn(samples)
+
+    def example(self, raw: Any) -> Example:
+        """Of the user's batch.
+
+        Raises:
+            LoaderError: Its samples have another shape than the others.
+        """
+        example = self.view.layout.example(raw)
+        if _shapes(example) != self._shapes:
+            raise LoaderError(
+                f"a batch has inputs of shapes {_shapes(example)} for each sample, the samples that were looked at "
+                f"when the loader was made have {self._shapes}: few samples differ, so none of them was seen. Pad "
+                "to a fixed length in the collate function"
+            )
+        return example
+
+    def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Activations and fields."""
+        return self.encode_beside(rows, tensors, self.view.layout.field_tensors(raw))
+
+    def encode_beside(
+        self, rows: Sequence[int], tensors: Sequence[Tensor], beside: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """What is stored for activations and for the fields beside them, as :meth:`decode` returns both."""
+        samples = torch.tensor(list(rows))
+        made = [codec.encode(tensor, samples) for codec, tensor in zip(self._codecs, tensors, strict=True)]
+        return {field.name: value for field, value in zip(self.fields, [*made, *beside], strict=True)}
+
+    def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
+        """Activations, and the fields."""
+        sent = [send(values[field.name], device) for field in self.fields]
+        count = len(self._codecs)
+        return [codec.decode(v) for codec, v in zip(self._codecs, sent[:count], strict=True)], sent[count:]
+
+    def assemble(self, batch: Any, rows: Any) -> Any:
+        """In the structure of the first batch."""
+        return self.view.layout.assemble(rows, batch)
+
+
+@final
+class RaggedRows(RowFormat):
+    """Activations of each sample's content, and its raw item."""
+
+    def __init__(self, parts: Parts, view: View, dtype: str | torch.dtype | None) -> None:
+        super().__init__(parts, view, dtype)
+        assert view.ragged is not None
+        self._samples = view.ragged
+        lengths = [Lengths(column) for column in self._samples.lengths.unbind(1)]
+        self._kept: list[tuple[int, BoundaryTensor, RowCodec]] = []
+        fields = []
+        for i, spec in enumerate(parts.boundary.tensors):
+            if spec.input is not None:
+                continue
+            codec, field = self._field(i, spec, lengths)
+            self._kept.append((i, spec, codec))
+            fields.append(field)
+        steps = [ceil(n / _RAW_STEP_BYTES) for n in self._samples.item_bytes.tolist()]
+        fields.append(FieldSpec.ragged(name="raw", lengths=steps, rest=(_RAW_STEP_BYTES,), dtype=torch.uint8))
+        self.fields = tuple(fields)
+        self.attributes = {"raw": "items of the dataset: a JSON list, and the bytes of arrays behind a zero byte"}
+
+    def _field(self, number: int, spec: BoundaryTensor, lengths: list[Lengths]) -> tuple[RowCodec, FieldSpec]:
+        dims = dims_of(spec)
+        if dims is None:
+            codec = self._codec(number, spec)
+            return codec, codec.field
+        sizes = list(spec.shape)
+        sizes.insert(spec.batch_dim, 0)
+        rest = tuple(size for d, size in enumerate(sizes) if d not in dims)
+        place = spec.follows[0][1:]
+        axis = next(i for i, axis in enumerate(self._samples.axes) if place in axis.places)
+        codec = self._codec(number, spec, (lengths[axis].longest, *rest))
+        return codec, FieldSpec.ragged(name=codec.name, lengths=lengths[axis], rest=rest, dtype=codec.stored)
+
+    def collate(self, samples: list[Any]) -> Any:
+        """The bytes of the items, and the user's batch of what is read back from them, as in every later pass."""
+        data = [self._samples.codec.encode(sample) for sample in samples]
+        return data, self._samples.batch(data)
+
+    def example(self, raw: Any) -> Example:
+        """Of the user's batch."""
+        return self.view.layout.example(raw[1])
+
+    def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Activations of the content, and the bytes of the items."""
+        data, batch = raw
+        given = self._samples.padded(batch, rows)
+        samples = torch.tensor(list(rows))
+        values = {}
+        for i, spec, codec in self._kept:
+            if dims_of(spec) is None:
+                values[codec.name] = codec.encode(tensors[i], samples)
+            else:
+                values[codec.name] = codec.encode(unpadded(spec, tensors[i], given), samples)
+        width = max(ceil(len(item) / _RAW_STEP_BYTES) for item in data)
+        packed = np.zeros((len(data), width * _RAW_STEP_BYTES), np.uint8)
+        for i, item in enumerate(data):
+            packed[i, : len(item)] = np.frombuffer(item, np.uint8)
+        values["raw"] = torch.from_numpy(packed).view(len(data), width, _RAW_STEP_BYTES)
+        return values
+
+    def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
+        """What the suffix takes, padded as the user's batch is, and that batch."""
+        raw = values["raw"].cpu().flatten(1).numpy()
+        sizes = self._samples.item_bytes[rows].tolist()
+        batch = self._samples.batch([raw[i, :size].tobytes() for i, size in enumerate(sizes)])
+        given = self._samples.padded(batch, rows.tolist())
+        leaves = input_leaves(given.example)
+        kept = {i: (spec, codec) for i, spec, codec in self._kept}
+        tensors = []
+        for i, spec in enumerate(self.parts.boundary.tensors):
+            if spec.input is not None:
+                tensors.append(send(leaves[spec.input], device))
+            else:
+                codec = kept[i][1]
+                tensors.append(self._padded(spec, codec, send(values[codec.name], device), given))
+        return tensors, batch
+
+    def _padded(self, spec: BoundaryTensor, codec: RowCodec, rows: Tensor, given: Padded) -> Tensor:
+        decoded = codec.decode(rows)
+        return decoded if dims_of(spec) is None else padded(spec, decoded, given)
+
+    def assemble(self, batch: Any, rows: Any) -> Any:
+        """In the user's own batch, with what they stand in place of."""
+        return self.view.layout.replace(batch, rows.beside)
+
+
+def _shapes(example: Example) -> list[tuple[int, ...]]:
+    """Of each input, without the batch."""
+    return [tuple(leaf.shape[1:]) for leaf in input_leaves(example) if isinstance(leaf, Tensor)]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for what is queued there.
+
+    From pageable memory CUDA waits for the stream before it copies, ``non_blocking`` or not; pinned batches pass as
+    they are.
+    Source: https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

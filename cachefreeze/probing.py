@@ -1,0 +1,125 @@
+"""The probe for randomness: datasets and collate functions whose samples no single row can stand for are refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from cachefreeze.batches import leaves_of
+from cachefreeze.errors import BatchDependentError, RandomSampleError
+from cachefreeze.fingerprint import digest
+from cachefreeze.isolation import RandomState, preserved_random_state
+from cachefreeze.ragged import evenly
+
+# Samples that are collated together to see whether each has its own row.
+_COLLATED = 5
+
+
+def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+    """Refuse a dataset or a collate function that is random.
+
+    A random transform shows itself by moving a random state, also when the draw changed nothing; two differing
+    draws catch generators of its own. Drawing twice alone misses rare transforms.
+
+    Raises:
+        RandomSampleError: With a line to paste.
+        BatchDependentError: The collate function mixes samples.
+    """
+    count = len(dataset)
+    some = sorted({0, count // 2, count - 1})
+    with preserved_random_state():
+        for index in some:
+            before = RandomState.capture()
+            first = dataset[index]
+            moved = before.moved()
+            second = dataset[index]
+            if moved or digest(first) != digest(second):
+                how = f"draws from {', '.join(moved)}" if moved else "returns something else every time"
+                raise RandomSampleError(
+                    f"dataset[{index}] {how}, so no single row stands for the sample. Cache a deterministic view: "
+                    f"{view_line(dataset)}; or pass assume_deterministic=True if the draw changes nothing"
+                )
+        items = [dataset[index] for index in evenly(count, _COLLATED)]
+        before = RandomState.capture()
+        together = collate(copy.deepcopy(items))
+        moved = before.moved()
+        again = collate(copy.deepcopy(items))
+        if moved or digest(together) != digest(again):
+            raise RandomSampleError(
+                "the collate function is random (CutMix, MixUp, masking?), so no single row stands for a sample. Give "
+                "the loader a deterministic collate_fn and mix in the training loop; or pass assume_deterministic=True"
+            )
+        _check_rows_of(collate, items)
+        _check_rows_of(collate, items[::-1])  # a batch that is sorted would come in the order of one of the two
+
+
+def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> None:
+    """Row *i* of a batch must be item *i*, whatever the others are."""
+    together = leaves_of(collate(copy.deepcopy(items)))
+    for position, item in enumerate(items):
+        alone = leaves_of(collate([copy.deepcopy(item), copy.deepcopy(item)]))
+        for one, many in zip(alone, together, strict=False):
+            rows = isinstance(one, Tensor) and isinstance(many, Tensor) and one.dim() and many.dim()
+            if rows and (len(one), len(many)) == (2, len(items)) and not _same_row(one[0], many[position]):
+                raise BatchDependentError(
+                    "the collate function makes a sample depend on the others of its batch, or does not keep their "
+                    "order, so no single row stands for it. Give the loader a collate_fn that only stacks or pads, and "
+                    "mix or sort in the training loop"
+                )
+
+
+def view_line(dataset: Any) -> str:
+    """A line to paste: the user's own pipeline with its random steps replaced or left out."""
+    transform = _transform_of(dataset)
+    steps = list(getattr(transform, "transforms", [transform] if transform is not None else []))
+    if not steps:
+        return "view=<the same dataset without its random steps>"
+    written = [text for step in steps for text in _deterministic(step)]
+    return f"view=Compose([{', '.join(written)}])" if written else "view=<a deterministic transform>"
+
+
+def _same_row(a: Any, b: Any) -> bool:
+    """Equal up to padding on either side: the common part, from the front or from the back, is equal."""
+    if a.dim() != b.dim():
+        return False
+    sizes = [min(x, y) for x, y in zip(a.shape, b.shape, strict=True)]
+    front = tuple(slice(0, size) for size in sizes)
+    back = [tuple(slice(have - size, have) for have, size in zip(t.shape, sizes, strict=True)) for t in (a, b)]
+    return torch.equal(a[front], b[front]) or torch.equal(a[back[0]], b[back[1]])
+
+
+def _transform_of(dataset: Any) -> Any:
+    inner = dataset.datasets[0] if isinstance(dataset, ConcatDataset) else dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    return getattr(inner, "transform", None)
+
+
+# Random steps of torchvision's transforms and what stands for them in a deterministic view.
+_LEFT_OUT = {"ColorJitter", "AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix", "ElasticTransform"}
+
+
+def _deterministic(step: Any) -> list[str]:
+    name = type(step).__name__
+    if name == "RandomResizedCrop":
+        size = step.size[0] if isinstance(step.size, tuple | list) else step.size
+        return [f"Resize({round(size * 256 / 224)})", f"CenterCrop({size})"]
+    if name == "RandomCrop":
+        size = step.size[0] if isinstance(step.size, tuple | list) else step.size
+        return [f"CenterCrop({size})"]
+    if name.startswith("Random") or name in _LEFT_OUT:
+        return []
+    if name in ("Resize", "CenterCrop"):
+        size = step.size[0] if isinstance(step.size, tuple | list) and len(set(step.size)) == 1 else step.size
+        return [f"{name}({size})"]
+    if name == "Normalize":
+        return [f"Normalize({tuple(step.mean)}, {tuple(step.std)})"]
+    if hasattr(step, "__name__"):
+        return [step.__name__]
+    text = repr(step)
+    return [f"{name}()" if text.startswith("<") or "\n" in text else text]
