@@ -158,13 +158,26 @@ def test_a_prefix_that_changed_is_found_while_promoting():
         list(batches)
 
 
+def test_rows_below_that_were_stale_before_the_move_are_not_promoted():
+    """The deeper split was made after the change, so only those below can tell."""
+    model, data, below, _, batches = managers("host")
+    with torch.no_grad():
+        model[0].weight += 1
+    above = cf.CacheManager(cf.split(model, data.data[:3], "2"), "host", below=below)
+    with pytest.raises(StaleCacheError, match="before the boundary '1' changed"):
+        list(above.loader(batches.dataloader))
+
+
 def test_a_batch_of_one_is_computed_as_two():
     model, data, _, _, batches = managers("host")
     held = batches.rows
+    sizes = []
+    held._segment.register_forward_pre_hook(lambda _, rows: sizes.append(len(rows[0])))
     for row in range(COUNT):
         made = held._promote([row])
         with torch.no_grad():
             assert torch.equal(made[0].values["activation.0"][0], model[:2](data.data[[row, row]])[0])
+    assert set(sizes) == {2}
 
 
 # --- in an engine ---
