@@ -115,7 +115,8 @@ def train(config: Config, run: Run, schedule: cf.FreezeOut, data: TensorDataset,
     device = torch.device(config.device)
     torch.manual_seed(run.seed)
     model = ResNet(config.blocks, config.width).to(device)
-    engine = cf.Engine(model, config.store if run.variant in ("cached", "ceiling") else "off", schedule=schedule)
+    store = config.store if run.variant in ("cached", "ceiling") else "off"
+    engine = cf.Engine(model, store, schedule=schedule, moves="always" if run.variant == "ceiling" else "measured")
     order = torch.Generator().manual_seed(run.seed)
     samples: Dataset = Augmented(data) if config.augment else data
     view = {"view": data} if config.augment and run.variant in ("cached", "ceiling") else {}
