@@ -7,6 +7,16 @@ from cachefreeze.errors import CacheFreezeError
 from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
+from cachefreeze.schedules import (
+    AllButLast,
+    FreezeAtZeroLR,
+    FreezeOut,
+    GradientChange,
+    GradualUnfreezing,
+    Plasticity,
+    Stage,
+    Stages,
+)
 from cachefreeze.splitting import Boundary, BoundaryTensor, Parts, blocks, split
 from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec
 from cachefreeze.training import Trainer
@@ -14,6 +24,7 @@ from cachefreeze.training import Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllButLast",
     "Block",
     "Boundary",
     "BoundaryTensor",
@@ -22,10 +33,17 @@ __all__ = [
     "DeviceStore",
     "Engine",
     "FieldSpec",
+    "FreezeAtZeroLR",
+    "FreezeOut",
+    "GradientChange",
+    "GradualUnfreezing",
     "HDF5Store",
     "HostStore",
     "Parts",
+    "Plasticity",
     "Rows",
+    "Stage",
+    "Stages",
     "Store",
     "StoreSpec",
     "Trainer",

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.errors import StaleCacheError, UsageError
+from cachefreeze.errors import CheckpointError, SplitError, StaleCacheError, UsageError
 from cachefreeze.freezing import boundary_of, hold_eval
-from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, check_loader
-from cachefreeze.manager import CacheManager
+from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
+from cachefreeze.manager import CacheManager, next_name
+from cachefreeze.measuring import measure
+from cachefreeze.moves import Costs, Move, best_path, staying
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View
+from cachefreeze.schedules import Clock, Ladder, Schedule
 from cachefreeze.splitting import Parts, split, split_padded
+from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
 from cachefreeze.tracing import record_usage, trace_usage
+
+_LOG = logging.getLogger("cachefreeze")
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """A loader that follows a schedule, and what its stores are made of."""
+
+    loader: StagedLoader
+    view: View
+    name: str
+    version: str | None
 
 
 class Engine:
@@ -37,19 +57,25 @@ class Engine:
                 loss = loss_fn(engine(x), y)
 
     Args:
-        model: The user's model, on its device. Freeze it first; ``engine.model`` stays this very object.
+        model: The user's model, on its device. Freeze it first, or give a schedule; ``engine.model`` stays this very
+            object.
         store: ``auto``, ``auto:DIR`` (on disk in DIR where memory is too small), ``device``, ``host``, ``hdf5:DIR``,
             ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen model without a cache (the baseline).
-        schedule: None: what is frozen now stays frozen.
+        schedule: What freezes when; None: what is frozen now stays frozen.
+        moves: When the boundary of the cache follows a schedule, at the beginning of an epoch: ``measured``, where what
+            the move saves until the next one is predicted to exceed what it costs, or ``always``.
         autocast: Autocast dtype of the prefix. Call the suffix under the same autocast state.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
         prefix: ``exact``: rows are bit for bit what the model computes.
 
     Attributes:
         model: The user's own model.
-        parts: The verified split; None before the first loader, and while nothing is cached.
+        parts: The verified split, at the boundary of the cache; None before the first loader, and while nothing is
+            cached.
         cache: The CacheManager; None likewise.
-        boundary: Name of the first trainable block; None before the first loader, and while nothing is frozen.
+        boundary: Name of the first trainable block, at the beginning of this epoch; None before the first loader, and
+            while nothing is frozen.
+        decisions: Under a schedule, where the boundary of the cache went and what was predicted.
         epoch: The epoch that runs, or comes next.
     """
 
@@ -58,17 +84,24 @@ class Engine:
         model: nn.Module,
         store: str | Store = "auto",
         *,
-        schedule: None = None,
+        schedule: Schedule | None = None,
+        moves: Literal["measured", "always"] = "measured",
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
         prefix: Literal["exact"] = "exact",
     ) -> None:
-        if schedule is not None:
-            raise UsageError(f"schedule={schedule!r}: expected None, one constant stage; use cf.freeze(model, …)")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise UsageError(f"schedule={schedule!r}: expected a schedule such as cf.FreezeOut(), or None")
+        if schedule is not None and (isinstance(store, Store) or store.endswith(".h5")):
+            raise UsageError(
+                "a schedule needs a store for every boundary; give store= as 'host', 'device' or 'hdf5:DIR'"
+            )
         if prefix != "exact":
             raise UsageError(f"prefix={prefix!r}: expected 'exact'")
         if isinstance(store, str) and store.partition(":")[0] not in ("auto", "device", "host", "hdf5", "off"):
             raise UsageError(f"store={store!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store")
+        if moves not in ("measured", "always"):
+            raise UsageError(f"moves={moves!r}: expected 'measured' or 'always'")
         stored_dtype(torch.float32, dtype)
         self.model = model
         self.parts: Parts | None = None
@@ -78,6 +111,15 @@ class Engine:
         self._store = store
         self._autocast = autocast
         self._dtype = dtype
+        self._staging = None if schedule is None else Staging(model, schedule)
+        self._followed: list[_Followed] = []
+        self.decisions: list[Move] = []
+        self._moves = moves
+        self._costs: Costs | None = None
+        self._place: int | None = None
+        self._below: CacheManager | None = None
+        self._left: int | None = None
+        self._path: list[tuple[int, int]] = []
 
     def loader(
         self,
@@ -88,10 +130,11 @@ class Engine:
         view: Any = None,
         version: str | None = None,
         assume_deterministic: bool = False,
-    ) -> CachedLoader | PassingLoader:
+    ) -> CachedLoader | PassingLoader | StagedLoader:
         """Wrap a DataLoader: the same batches in the same order, with rows in place of the model's inputs.
 
-        With nothing frozen, or ``store="off"``, the batches are the loader's own, on the model's device.
+        With nothing frozen, or ``store="off"``, the batches are the loader's own, on the model's device. Under a
+        schedule the first loader made is the training loader, whose length is that of an epoch.
 
         Args:
             dataloader: Map-style dataset, automatic batching.
@@ -108,16 +151,31 @@ class Engine:
             StoreError: The rows cannot be kept where they should be.
         """
         check_loader(dataloader)
-        if self._store == "off":
-            return self._uncached(dataloader, view)
+        if self._store == "off" and view is not None:
+            raise UsageError(
+                "view= says what to cache, and store='off' caches nothing; give the DataLoader that dataset"
+            )
+        if self._store == "off" and self._staging is None:
+            return self._uncached(dataloader)
         seen = View.of(
             dataloader,
             forward_arguments(self.model),
             inputs=inputs,
             view=view,
-            assume_deterministic=assume_deterministic,
+            assume_deterministic=assume_deterministic or self._store == "off",
             padded=frozenset() if self.parts is None else self.parts.padded,
         )
+        if self._staging is not None:
+            if seen.ragged is not None and self._store != "off":
+                raise UsageError(
+                    "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
+                    "one length in the collate function, or use store='off'"
+                )
+            self._staging.read(seen.example().to(model_device(self.model)))
+            name = name if name is not None else next_name(followed.name for followed in self._followed)
+            made = StagedLoader(dataloader)
+            self._followed.append(_Followed(made, seen, name, version))
+            return made
         if self.cache is None:
             example = seen.example().to(model_device(self.model))
             self.boundary = boundary_of(self.model, record_usage(self.model, example))
@@ -132,19 +190,64 @@ class Engine:
             self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
         return self.cache.loader_for(dataloader, seen, name, version)
 
-    def epochs(self, total: int) -> Iterator[int]:
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the schedule drive an optimizer, which is never rebuilt: its groups are split by block, in place.
+
+        While it steps, each block's learning rate is the user's times the schedule's factor; in between it is the
+        user's own, which any scheduler may move. What freezes leaves the step; its momentum stays. Call it after the
+        loaders are made, and before a learning-rate scheduler is and before a state is loaded.
+
+        Args:
+            optimizer: Any of torch.optim but LBFGS, over all parameters that train under the schedule.
+
+        Raises:
+            UsageError: There is no schedule, no loader, a scheduler already, or parameters are missing.
+        """
+        self._scheduled().attach(optimizer)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What freezes when; None where what was frozen stays so."""
+        return None if self._staging is None else self._staging.schedule
+
+    @property
+    def clock(self) -> Clock:
+        """How much of the run is done, under a schedule."""
+        clock = self._scheduled().clock
+        if clock is None:
+            raise UsageError("the clock begins with the first epoch of engine.epochs()")
+        return clock
+
+    @property
+    def ladder(self) -> Ladder:
+        """The blocks that the schedule counts."""
+        return self._scheduled().ladder
+
+    def epochs(self, total: int, steps_per_epoch: int | None = None) -> Iterator[int]:
         """Yield the epochs that are left of ``total``, counted from 0: the only clock.
 
-        Before each epoch, frozen modules are put back to eval mode; after it, rows written so far are made durable.
+        Before each epoch the boundary follows the schedule and frozen modules are put back to eval mode; after it,
+        rows written so far are made durable.
+
+        Args:
+            total: Epochs of the whole run.
+            steps_per_epoch: Optimizer steps that a schedule counts in an epoch, where they are not the batches of the
+                training loader (accumulated gradients).
         """
         if total < 0:
             raise UsageError(f"epochs({total}): expected 0 or more")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise UsageError(f"steps_per_epoch={steps_per_epoch}: expected 1 or more")
         while self.epoch < total:
+            if self._staging is not None:
+                self._stage(self._staging, total, steps_per_epoch)
             hold_eval(self.model)
             yield self.epoch
             self.epoch += 1
             if self.cache is not None:
                 self.cache.commit()
+                if not self.cache.promoting:
+                    self._drop_below()
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a dict batch that are arguments of the model's forward; the others it would refuse."""
@@ -153,14 +256,25 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on at the same epoch."""
-        return {"epoch": self.epoch}
+        staging = {} if self._staging is None else {"staging": self._staging.state_dict()}
+        return {"epoch": self.epoch, "place": self._place, **staging}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
+        if (self._staging is not None) != ("staging" in state):
+            raise CheckpointError(
+                "this state is of a run with a schedule and this one has none, or the other way round"
+            )
+        if self._staging is not None:
+            self._staging.load_state_dict(state["staging"])
+            self._left = state["place"]
         self.epoch = int(state["epoch"])
 
     def close(self) -> None:
         """Commit and close all stores."""
+        if self._below is not None:
+            self._below.close()  # its files stay: an interrupted promotion goes on from them
+            self._below = None
         if self.cache is not None:
             self.cache.close()
 
@@ -208,11 +322,89 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({self.parts!r})" if self.parts is not None else f"Engine({type(self.model).__name__})"
 
-    def _uncached(self, dataloader: DataLoader[Any], view: Any) -> PassingLoader:
-        if view is not None:
-            raise UsageError(
-                "view= says what to cache, and store='off' caches nothing; give the DataLoader that dataset"
-            )
+    def _scheduled(self) -> Staging:
+        if self._staging is None:
+            raise UsageError("this engine has no schedule: Engine(model, schedule=…)")
+        return self._staging
+
+    def _stage(self, staging: Staging, total: int, steps: int | None) -> None:
+        """Begin an epoch under the schedule: what is frozen, then where the cache's boundary is."""
+        if not self._followed:
+            raise UsageError("make the loaders first (engine.loader): they follow the schedule from epoch to epoch")
+        staging.start_epoch(self.epoch, total, len(self._followed[0].loader) if steps is None else steps)
+        left, self._left = self._left, None
+        if left and left <= staging.frozen and str(self._store).startswith("hdf5:"):
+            self._move(staging, left)  # a resumed run finds its rows where it left them, and may promote them
+        place = self._next_place(staging)
+        if place != self._place or (place == 0 and staging.boundary != self.boundary):
+            began = time.perf_counter()
+            self._move(staging, place)
+            if self._costs is not None and place:
+                self._costs = replace(self._costs, setup=time.perf_counter() - began)
+        self.boundary = staging.boundary
+
+    def _next_place(self, staging: Staging) -> int:
+        """How many leading blocks the cache stands for in the epoch that begins."""
+        now = self._place or 0
+        if self._store == "off" or not staging.frozen:
+            return 0
+        if self._moves == "always":
+            return staging.frozen
+        upcoming = staging.upcoming()
+        if [frozen for frozen, _ in self._path] != upcoming:
+            if self._costs is None:
+                loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
+                self._costs = measure(self.model, staging.ladder, loaders, str(self._store), self._autocast)
+            path, seconds = best_path(upcoming, self._costs, now)
+            self._path = list(zip(upcoming, path, strict=True))
+            ladder, held = staging.ladder, staying(upcoming, self._costs, now)
+            frozen, before, after = (ladder.boundary(count) for count in (staging.frozen, now, path[0]))
+            self.decisions.append(Move(self.epoch, frozen, before, after, seconds, held))
+        _, place = self._path.pop(0)
+        return place
+
+    def _move(self, staging: Staging, place: int) -> None:
+        """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""
+        boundary = staging.ladder.boundary(place)
+        device = model_device(self.model)
+        self._drop_below()
+        before, self._below = self._place or 0, self.cache
+        self.parts, self.cache, self._place = None, None, place
+        if boundary is not None:
+            example = self._followed[0].view.example().to(device)
+            with autocast(device, self._autocast):
+                self.parts = split(self.model, example, boundary)
+            self.cache = self._manager(self.parts, self._below if before < place else None)
+        if self.cache is None or not self.cache.has_below:
+            self._drop_below()
+        for followed in self._followed:
+            dataloader = followed.loader.dataloader
+            if self.cache is None:
+                followed.loader.follow(PassingLoader(dataloader, device, "frozen" if staging.frozen else "live"))
+            else:
+                inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version)
+                followed.loader.follow(inner)
+
+    def _manager(self, parts: Parts, below: CacheManager | None) -> CacheManager:
+        """The stores of a new boundary, made from those below where the model allows it."""
+        try:
+            return CacheManager(parts, self._store, autocast=self._autocast, dtype=self._dtype, below=below)
+        except SplitError as error:
+            if below is None:
+                raise
+            _LOG.warning("rows at %r are filled from the samples: %s", parts.boundary.name, error)
+            return CacheManager(parts, self._store, autocast=self._autocast, dtype=self._dtype)
+
+    def _drop_below(self) -> None:
+        """Close the stores of the boundary before, once nothing is made from them any more."""
+        if self._below is None:
+            return
+        if self.cache is not None:
+            self.cache.let_go()
+        self._below.drop()
+        self._below = None
+
+    def _uncached(self, dataloader: DataLoader[Any]) -> PassingLoader:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the order of use only names the boundary in reports here
             self.boundary = boundary_of(self.model, trace_usage(self.model))

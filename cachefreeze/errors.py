@@ -18,6 +18,10 @@ class FreezeError(CacheFreezeError, ValueError):
     """A freeze names no module, leaves nothing to train, or contradicts the model."""
 
 
+class ScheduleError(CacheFreezeError, ValueError):
+    """A freeze schedule contradicts itself, the model or the length of the run."""
+
+
 class SplitError(CacheFreezeError, RuntimeError):
     """No executor could cut the model exactly; the message names what stands in the way."""
 

@@ -140,10 +140,15 @@ class UniformRows(RowFormat):
 
     def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Activations and fields."""
+        return self.encode_beside(rows, tensors, self.view.layout.field_tensors(raw))
+
+    def encode_beside(
+        self, rows: Sequence[int], tensors: Sequence[Tensor], beside: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """What is stored for activations and for the fields beside them, as :meth:`decode` returns both."""
         samples = torch.tensor(list(rows))
         made = [codec.encode(tensor, samples) for codec, tensor in zip(self._codecs, tensors, strict=True)]
-        values = [*made, *self.view.layout.field_tensors(raw)]
-        return {field.name: value for field, value in zip(self.fields, values, strict=True)}
+        return {field.name: value for field, value in zip(self.fields, [*made, *beside], strict=True)}
 
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """Activations, and the fields."""

@@ -96,12 +96,23 @@ def unfreeze(model: nn.Module, modules: Sequence[str] | None = None, *, example_
     usage = usage_of(model, None if example_inputs is None else Example.of(example_inputs))
     if modules is not None:
         names &= {n for name in _match(model, modules, usage) for n in _parameter_names(model, name)}
-    parameters = dict(model.named_parameters())
-    kept = frozen_here(model) - names
-    for name in names:
-        parameters[name].requires_grad_(True)
-    _relock(model, kept, usage, None, held=None)
-    return [name for name in parameters if name in names]
+    return _thaw(model, names, usage)
+
+
+def freeze_before(model: nn.Module, boundary: str | None, usage: Usage) -> None:
+    """Freeze what is first used before ``boundary``, and thaw what :func:`freeze` froze from it on.
+
+    Args:
+        model: What a schedule drives; flags that were set by hand stay.
+        boundary: Any module's name; None thaws all.
+        usage: What its forward uses, in order.
+    """
+    event = 0 if boundary is None else boundary_event(model, boundary, usage)
+    names = {name for name, used in usage.parameters.items() if used < event}
+    if frozen_here(model) - names:
+        _thaw(model, frozen_here(model), usage)
+    if names:
+        _freeze_parameters(model, names, usage, boundary)
 
 
 def frozen_here(model: nn.Module) -> set[str]:
@@ -205,6 +216,15 @@ def _freeze_parameters(model: nn.Module, names: set[str], usage: Usage, train_fr
     # what the user froze by hand is locked as well, but is not ours to thaw
     _relock(model, frozen_here(model) | set(newly), usage, train_from, held=names)
     return newly
+
+
+def _thaw(model: nn.Module, names: set[str], usage: Usage) -> list[str]:
+    parameters = dict(model.named_parameters())
+    kept = frozen_here(model) - names
+    for name in names:
+        parameters[name].requires_grad_(True)
+    _relock(model, kept, usage, None, held=None)
+    return [name for name in parameters if name in names]
 
 
 def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | None, *, held: set[str] | None) -> None:

@@ -111,12 +111,14 @@ class PassCounts:
         cached: Read from the store.
         computed: Computed in this pass.
         repaired: Computed because the stored row failed its checksum; part of ``computed``.
+        promoted: Made from the rows of a shallower boundary; part of ``computed``.
         kept: Whether computed rows were written.
     """
 
     cached: int = 0
     computed: int = 0
     repaired: int = 0
+    promoted: int = 0
     kept: bool = True
 
     def source(self) -> Source:
@@ -269,6 +271,45 @@ class CachedLoader(LoaderProxy):
 _Fetched = tuple[Sequence[int], Sequence[int], Any]
 
 
+class StagedLoader(LoaderProxy):
+    """The loader of a run under a schedule: what it yields follows the boundary, from epoch to epoch."""
+
+    def __init__(self, dataloader: DataLoader[Any]) -> None:
+        super().__init__(dataloader)
+        self._order = BatchOrder(dataloader)
+        self._inner: PassingLoader | CachedLoader | None = None
+
+    def follow(self, inner: PassingLoader | CachedLoader) -> None:
+        """Yield from now on what ``inner`` yields; both have this loader's DataLoader."""
+        if isinstance(inner, CachedLoader):
+            inner._order = self._order  # it has begun already: persistent workers draw on their first pass only
+        self._inner = inner
+
+    @property
+    def inner(self) -> PassingLoader | CachedLoader:
+        """What it follows now.
+
+        Raises:
+            LoaderError: No epoch has begun.
+        """
+        if self._inner is None:
+            raise LoaderError("this loader follows a schedule: iterate it inside `for epoch in engine.epochs(N)`")
+        return self._inner
+
+    @property
+    def source(self) -> Source:
+        """Where the last pass came from."""
+        return self.inner.source
+
+    def __iter__(self) -> Iterator[Any]:
+        inner = self.inner
+        if isinstance(inner, PassingLoader):
+            self._order.passed()
+        for batch in inner:
+            self.counts = inner.counts
+            yield batch
+
+
 class BatchOrder:
     """The index lists of each pass, pulled from the batch sampler as the DataLoader would pull them."""
 
@@ -288,6 +329,10 @@ class BatchOrder:
         if loader.num_workers or pulled is None:
             pulled = iter(sampler)
         return pulled
+
+    def passed(self) -> None:
+        """Take notice of a pass that the DataLoader made itself: its persistent workers are there now."""
+        self._started = True
 
     def ahead(self, pulled: Iterator[Sequence[int]]) -> Iterator[Sequence[int]]:
         """Hand the lists on, pulling ahead by as many as the workers' queues would hold."""

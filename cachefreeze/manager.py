@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,13 +10,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.errors import UsageError
+from cachefreeze.errors import StoreError, UsageError
 from cachefreeze.loader import CachedLoader, NumericMode, check_loader
+from cachefreeze.promotion import PromotedRows
 from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, forward_arguments
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
 from cachefreeze.stores import BadRow, HDF5Store, Store
 from cachefreeze.stores.opening import for_another
+from cachefreeze.stores.removal import remove_cache
+
+_LOG = logging.getLogger("cachefreeze")
 
 
 class CacheManager:
@@ -27,6 +32,11 @@ class CacheManager:
             first loader; further ones get a store of the same kind.
         autocast: Autocast dtype under which the prefix runs; None runs it without.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
+        below: The stores of a shallower split of the same model; rows are made from theirs where these are there. It
+            stays the caller's to close, after :meth:`let_go`.
+
+    Raises:
+        SplitError: Rows cannot be made from those below.
     """
 
     def __init__(
@@ -36,8 +46,11 @@ class CacheManager:
         *,
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
+        below: CacheManager | None = None,
     ) -> None:
         self.parts = parts
+        self._below = below
+        self._segment = None if below is None else below.parts.segment_to(parts)
         self._where = store
         self._prefix = FrozenPrefix(parts, NumericMode(autocast), dtype)
         self._rows: dict[str, StoredRows] = {}
@@ -85,9 +98,37 @@ class CacheManager:
                 raise UsageError(f"name={name!r} holds the rows of other samples already; give this loader its own")
         else:
             where = self._where if not self._rows else for_another(self._where)
-            held = StoredRows(self._prefix, name, view, where, version or "")
+            held = self._new(name, view, where, version or "")
             self._rows[name] = held
         return CachedLoader(dataloader, held)
+
+    def _new(self, name: str, view: View, where: str | Store, version: str) -> StoredRows:
+        below = None if self._below is None else self._below._rows.get(name)
+        if below is None or self._segment is None or view.ragged is not None:
+            return StoredRows(self._prefix, name, view, where, version)
+        return PromotedRows(self._prefix, name, view, where, version, below=below, segment=self._segment)
+
+    @property
+    def has_below(self) -> bool:
+        """Whether rows are made from those of a shallower split."""
+        return self._below is not None
+
+    @property
+    def promoting(self) -> bool:
+        """Whether rows are absent that may be made from those below."""
+        return any(isinstance(held, PromotedRows) and not held.complete for held in self._rows.values())
+
+    def let_go(self) -> None:
+        """Check some promoted rows against ones computed from their samples; need those below no more.
+
+        Raises:
+            StaleCacheError: A promoted row is wrong.
+        """
+        for held in self._rows.values():
+            if isinstance(held, PromotedRows):
+                held.recompute_some()
+                held.let_go()
+        self._below = self._segment = None
 
     def fill(self, loader: CachedLoader, progress: Callable[[int], None] | None = None) -> FillReport:
         """Compute every absent row of a loader's store, in order, with the loader's batch size and workers.
@@ -131,6 +172,19 @@ class CacheManager:
         """Make every row written so far durable, where the tier can."""
         for held in self._rows.values():
             held.commit()
+
+    def drop(self) -> None:
+        """Close all stores and remove the files that this manager made: the boundary has moved on.
+
+        A file that was there before stays; it may serve another run. So does one that another process fills.
+        """
+        made = [held.store.path for held in self._rows.values() if held.made and isinstance(held.store, HDF5Store)]
+        self.close()
+        for path in made:
+            try:
+                remove_cache(path)
+            except StoreError as error:
+                _LOG.warning("%s is left where it is: %s", path, error)
 
     def close(self) -> None:
         """Commit and close all stores."""

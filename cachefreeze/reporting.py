@@ -20,6 +20,7 @@ class EpochReport:
     epoch: int
     source: str
     boundary: str | None
+    cache_boundary: str | None = None
     seconds: float
     val_seconds: float | None
     val_source: str | None
@@ -29,6 +30,7 @@ class EpochReport:
     rows_cached: int
     rows_computed: int
     rows_repaired: int
+    rows_promoted: int = 0
     lr: float
 
 
@@ -45,6 +47,7 @@ class Report:
     split: dict[str, Any] | None = None
     total_seconds: float = 0.0
     epochs: list[EpochReport] = field(default_factory=list)
+    moves: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def fill_seconds(self) -> float:
@@ -64,6 +67,7 @@ class Report:
             "split": self.split,
             "fill_seconds": self.fill_seconds,
             "total_seconds": self.total_seconds,
+            "moves": self.moves,
             "epochs": [asdict(epoch) for epoch in self.epochs],
         }
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,9 +141,11 @@ class StoredRows:
             device=prefix.device,
         )
         self.store = open_store(where, wanted)
+        # whether it is new, or was left empty by somebody who is not writing it
+        self.made = self.store.writable and self.store.count == 0
         # also when nothing is written here: a killed process may have left rows that have not reached the disk
         self._uncommitted = True
-        self._recompute_some()
+        self.recompute_some()
 
     # --- the loader's row source ---
 
@@ -152,7 +155,7 @@ class StoredRows:
 
     def absent(self, rows: Sequence[int]) -> list[int]:
         """Which of ``rows`` are not stored, each once, in order."""
-        present = self.store.present(_index(rows)).tolist()
+        present = self.store.present(index_of(rows)).tolist()
         if all(present):
             return []
         return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
@@ -167,11 +170,15 @@ class StoredRows:
 
     def compute(self, rows: Sequence[int], raw: Any) -> Computed:
         """Run the prefix over the raw batch of ``rows``; write those that no other process has or is about to write."""
-        return self._compute_mine(rows, raw, self._claim(rows))
+        return self.make(rows, lambda: self._run_prefix(rows, raw))
+
+    def make(self, rows: Sequence[int], how: Callable[[], Computed]) -> Computed:
+        """Make ``rows`` and write those that no other process has or is about to write."""
+        return self._make_mine(rows, self._claim(rows), how)
 
     def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
         """The user's batch for ``rows``, some of which were just computed."""
-        index = _index(rows)
+        index = index_of(rows)
         repaired: list[Computed] = []
         while True:
             try:
@@ -230,7 +237,7 @@ class StoredRows:
         for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
             mine = self._claim(rows)
             if bool(mine.any()):
-                self._compute_mine(rows, raw, mine)
+                self._make_mine(rows, mine, partial(self._run_prefix, rows, raw))
                 computed_rows += int(mine.sum())
             if progress is not None:
                 progress(int(mine.sum()))
@@ -242,13 +249,13 @@ class StoredRows:
         """(n,) bool: which of ``rows`` are for this process to write."""
         if not self.store.writable:
             return torch.zeros(len(rows), dtype=torch.bool)
-        return self.store.claim(_index(rows))
+        return self.store.claim(index_of(rows))
 
-    def _compute_mine(self, rows: Sequence[int], raw: Any, mine: Tensor) -> Computed:
-        """Compute ``rows`` and write those that are ``mine``, which are given up if that fails."""
-        index = _index(rows)[mine]
+    def _make_mine(self, rows: Sequence[int], mine: Tensor, how: Callable[[], Computed]) -> Computed:
+        """Make ``rows`` and write those that are ``mine``, which are given up if that fails."""
+        index = index_of(rows)[mine]
         try:
-            computed = self._run_prefix(rows, raw)
+            computed = how()
             if len(index):
                 self._uncommitted = True
                 whole = len(index) == len(rows)
@@ -288,7 +295,7 @@ class StoredRows:
             result[field.name] = fresh
         return result
 
-    def _recompute_some(self) -> None:
+    def recompute_some(self) -> None:
         """Recompute a few stored rows and compare: the last check that a reused store is what it claims to be."""
         present = torch.nonzero(self.store.present(torch.arange(self.spec.rows))).flatten()
         if not len(present):
@@ -314,7 +321,7 @@ class StoredRows:
                 )
 
 
-def _index(rows: Sequence[int]) -> Tensor:
+def index_of(rows: Sequence[int]) -> Tensor:
     """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list."""
     return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
 

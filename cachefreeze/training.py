@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from tqdm import tqdm
 from cachefreeze import checkpoints
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CheckpointError, UsageError
-from cachefreeze.loader import CachedLoader, PassingLoader, Rows
+from cachefreeze.loader import CachedLoader, PassingLoader, Rows, StagedLoader
 from cachefreeze.reporting import EpochReport, Report, versions
 from cachefreeze.rows import model_device
 
-Loader = CachedLoader | PassingLoader
+Loader = CachedLoader | PassingLoader | StagedLoader
 LossFunction = Callable[..., Tensor]
 
 
@@ -65,7 +65,7 @@ class Trainer:
     Args:
         engine: With its loaders made.
         loss_fn: Returns the mean loss of a batch.
-        optimizer: Over the trainable parameters.
+        optimizer: Over the trainable parameters; under a schedule over all, and attached to the engine.
         out: Folder for ``model.safetensors``, ``state.pt`` and ``report.json``; None keeps nothing.
         config: What must be equal for a run to be resumed.
         progress: Show a progress bar on stderr when it is a terminal.
@@ -113,9 +113,13 @@ class Trainer:
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
         done = self._resume(train) if resume else []
-        report = self._report(train, done)
+        report = Report(
+            model=type(self.engine.model).__name__, versions=versions(), device=str(self._device), epochs=done
+        )
+        self._describe(report)
         for epoch in self.engine.epochs(epochs):
             finished = self._epoch(epoch, train, val)
+            self._describe(report)
             report.epochs.append(finished)
             self._save(train, report)
             if self._on_epoch is not None:
@@ -134,7 +138,7 @@ class Trainer:
         train_loss = train_sums.mean_loss()  # waits for the device: the pass is over when its work is
         seconds = time.perf_counter() - began
         counts = train.counts
-        rows = (counts.cached, counts.computed, counts.repaired)
+        rows = (counts.cached, counts.computed, counts.repaired, counts.promoted)
         val_loss = val_accuracy = val_seconds = val_source = None
         if val is not None:
             self.engine.model.eval()
@@ -147,6 +151,7 @@ class Trainer:
             epoch=epoch,
             source=train.source,
             boundary=self.engine.boundary,
+            cache_boundary=None if self.engine.parts is None else self.engine.parts.boundary.name,
             seconds=seconds,
             val_seconds=val_seconds,
             val_source=val_source,
@@ -156,6 +161,7 @@ class Trainer:
             rows_cached=rows[0],
             rows_computed=rows[1],
             rows_repaired=rows[2],
+            rows_promoted=rows[3],
             lr=lr,
         )
 
@@ -190,32 +196,27 @@ class Trainer:
             "it is three lines, see the quick start"
         )
 
-    def _report(self, train: Loader, done: list[EpochReport]) -> Report:
-        engine = self.engine
-        parts, cache = engine.parts, engine.cache
+    def _describe(self, report: Report) -> None:
+        """Note where rows are kept and where the model is split now; a schedule moves both."""
+        parts, cache = self.engine.parts, self.engine.cache
         tiers = {facts["tier"] for facts in cache.info().values()} if cache is not None else {"off"}
-        return Report(
-            model=type(engine.model).__name__,
-            versions=versions(),
-            device=str(self._device),
-            store="+".join(sorted(tiers)),
-            store_bytes=cache.nbytes if cache is not None else 0,
-            split=None
-            if parts is None
-            else {
+        report.store = "+".join(sorted(tiers))
+        report.store_bytes = cache.nbytes if cache is not None else 0
+        report.moves = [asdict(move) for move in self.engine.decisions]
+        report.split = None
+        if parts is not None:
+            report.split = {
                 "boundary": parts.boundary.name,
                 "executor": parts.executor,
                 "cached_fraction": parts.cached_fraction,
-            },
-            epochs=done,
-        )
+            }
 
     def _save(self, train: Loader, report: Report) -> None:
         if self.out is None:
             return
         state = {
             "config": self._config,
-            "engine": {"epoch": self.engine.epoch + 1},
+            "engine": {**self.engine.state_dict(), "epoch": self.engine.epoch + 1},
             "model": self.engine.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": checkpoints.random_state(),
@@ -252,6 +253,7 @@ def with_progress(loader: Loader, what: str, *, show: bool) -> Iterator[Any]:
     """Iterate a loader behind a progress bar on stderr; no bar when not asked for, or not on a terminal."""
     bar: Any = tqdm(loader, total=len(loader), desc=what, leave=False, disable=None if show else True)
     for batch in bar:
-        if not bar.disable and isinstance(loader, CachedLoader):
-            bar.set_description_str(f"{what} {loader.rows.progress()}".rstrip(), refresh=False)
+        following = loader.inner if isinstance(loader, StagedLoader) else loader
+        if not bar.disable and isinstance(following, CachedLoader):
+            bar.set_description_str(f"{what} {following.rows.progress()}".rstrip(), refresh=False)
         yield batch

@@ -76,6 +76,23 @@ def test_split_coverage(tmp_path):
     assert json.loads(run("split_coverage.py", "--smoke", "--resume", str(lines_file))[-1])["models"] == found["models"]
 
 
+@pytest.mark.real_data
+def test_freezeout(tmp_path, data_dir):
+    """Every variant of every schedule is there, and the cached one trained what the one without a cache trained."""
+    out = tmp_path / "freezeout.json"
+    lines = run("freezeout.py", "--smoke", "--device", "cpu", "--out", str(out), CACHEFREEZE_DATA=str(data_dir))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    assert {"schema", "benchmark", "config", "hardware", "versions", "load_average", "summary", "runs"} <= set(found)
+    rows = {row["variant"]: row for row in found["summary"]}
+    assert list(rows) == ["baseline", "frozen", "cached", "ceiling"]
+    assert rows["cached"]["losses_equal_frozen"]
+    assert not rows["baseline"]["losses_equal_frozen"]
+    for timed in found["runs"]:
+        assert len(timed["seconds"]) == len(timed["test_error"]) == found["config"]["epochs"]
+    assert "saved" in lines[0]
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run("gpu.py", CUDA_VISIBLE_DEVICES="")

@@ -13,9 +13,10 @@ from cachefreeze.cli import parser
 
 def test_public_names():
     assert sorted(cf.__all__) == [
-        "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore", "Engine",
-        "FieldSpec", "HDF5Store", "HostStore", "Parts", "Rows", "Store", "StoreSpec", "Trainer", "blocks", "freeze",
-        "split", "unfreeze",
+        "AllButLast", "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore",
+        "Engine", "FieldSpec", "FreezeAtZeroLR", "FreezeOut", "GradientChange", "GradualUnfreezing", "HDF5Store",
+        "HostStore", "Parts", "Plasticity", "Rows", "Stage", "Stages", "Store", "StoreSpec", "Trainer", "blocks",
+        "freeze", "split", "unfreeze",
     ]  # fmt: skip
     assert all(hasattr(cf, name) for name in cf.__all__)
 
@@ -29,10 +30,12 @@ def test_signatures():
     assert names(cf.unfreeze) == ["model", "modules", "example_inputs"]
     assert names(cf.blocks) == ["model", "example_inputs"]
     assert names(cf.split) == ["model", "example_inputs", "train_from"]
-    assert names(cf.Engine) == ["model", "store", "schedule", "autocast", "dtype", "prefix"]
+    assert names(cf.Engine) == ["model", "store", "schedule", "moves", "autocast", "dtype", "prefix"]
     loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic"]
     assert names(cf.Engine.loader) == loader
     assert names(cf.CacheManager.loader) == loader
+    assert names(cf.Engine.attach) == ["optimizer"]
+    assert names(cf.Engine.epochs) == ["total", "steps_per_epoch"]
     assert names(cf.Trainer) == ["engine", "loss_fn", "optimizer", "out", "config", "progress", "on_epoch"]
     assert names(cf.Trainer.fit) == ["train", "val", "epochs", "resume"]
 
@@ -43,6 +46,9 @@ JOB = [
 ]  # fmt: skip
 
 
+SCHEDULE = ["--schedule", "--t0", "--how", "--unscaled"]
+
+
 def test_command_line_options():
     verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     options = {
@@ -50,7 +56,21 @@ def test_command_line_options():
         for verb, made in verbs.items()
     }
     assert options == {
-        "train": [*JOB, "--epochs", "--lr", "--optimizer", "--resume", "--report"],
+        "train": [*JOB[:7], *SCHEDULE, *JOB[7:], "--epochs", "--lr", "--optimizer", "--resume", "--report"],
+        "plan": [
+            "--data",
+            "--model",
+            "--batch-size",
+            "--image-size",
+            "--epochs",
+            "--lr",
+            "--schedule",
+            "--write",
+            "--t0",
+            "--how",
+            "--unscaled",
+            "--plot",
+        ],
         "fill": JOB,
         "info": [],
         "verify": [],
@@ -59,6 +79,7 @@ def test_command_line_options():
 
 
 def test_importing_the_package_imports_no_optional_package():
-    code = "import sys, cachefreeze; print([m for m in ('torchvision', 'sklearn', 'PIL', 'h5py') if m in sys.modules])"
+    optional = "('torchvision', 'sklearn', 'PIL', 'h5py', 'matplotlib')"
+    code = f"import sys, cachefreeze; print([m for m in {optional} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

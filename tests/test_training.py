@@ -146,11 +146,11 @@ def test_what_a_run_leaves(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report) == [
         "schema", "model", "data", "versions", "device", "store", "store_bytes", "split", "fill_seconds",
-        "total_seconds", "epochs",
+        "total_seconds", "moves", "epochs",
     ]  # fmt: skip
     assert list(report["epochs"][0]) == [
-        "epoch", "source", "boundary", "seconds", "val_seconds", "val_source", "train_loss", "val_loss",
-        "val_accuracy", "rows_cached", "rows_computed", "rows_repaired", "lr",
+        "epoch", "source", "boundary", "cache_boundary", "seconds", "val_seconds", "val_source", "train_loss",
+        "val_loss", "val_accuracy", "rows_cached", "rows_computed", "rows_repaired", "rows_promoted", "lr",
     ]  # fmt: skip
     assert report["fill_seconds"] == report["epochs"][0]["seconds"]
     assert report["split"]["boundary"] == "middle"

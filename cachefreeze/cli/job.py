@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import cachefreeze as cf
+from cachefreeze.cli import schedules
 from cachefreeze.cli.data import Data, load_data
 from cachefreeze.cli.digits import PRETRAIN_CLASSES, DigitsCNN, pretrain
 from cachefreeze.cli.models import DIGITS_MODEL, build_model
@@ -75,18 +77,19 @@ def seed(text: str) -> int:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str, scheduled: bool = False
+) -> None:
     """The options that say what is trained on what, and where rows are kept."""
-    parser.add_argument(
-        "--data", default="digits", metavar="digits|cifar10|DIR", help="default digits; DIR holds train/ and val/"
-    )
-    parser.add_argument("--model", metavar="NAME", help="a torchvision classifier (default: digits_cnn, resnet18)")
+    add_model(parser)
     parser.add_argument("--weights", metavar="FILE.safetensors|DEFAULT", help="pretrained weights (default: random)")
     boundary = parser.add_mutually_exclusive_group()
     boundary.add_argument("--train-from", metavar="NAME", help="first module to train (default: the last block)")
     boundary.add_argument("--train-last", type=positive, metavar="N", help="train the last N blocks")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
-    parser.add_argument("--image-size", type=pixels, metavar="N", help="pixels of the square crop")
+    add_batches(parser)
+    if scheduled:
+        boundary.add_argument("--schedule", metavar="freezeout|FILE.yaml", help="blocks freeze one after another")
+        schedules.add_options(parser)
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
@@ -97,19 +100,40 @@ def add_arguments(parser: argparse.ArgumentParser, *, caches: tuple[str, ...], c
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name the data and the model."""
+    parser.add_argument(
+        "--data", default="digits", metavar="digits|cifar10|DIR", help="default digits; DIR holds train/ and val/"
+    )
+    parser.add_argument("--model", metavar="NAME", help="a torchvision classifier (default: digits_cnn, resnet18)")
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a batch is."""
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument("--image-size", type=pixels, metavar="N", help="pixels of the square crop")
+
+
+def model_name(args: argparse.Namespace, data: Data) -> str:
+    """The model that was asked for, or the one that goes with the data."""
+    return str(args.model or ("digits_cnn" if data.name == "digits" else "resnet18"))
+
+
 def make_job(args: argparse.Namespace) -> Job:
     """Build everything that the options describe, cheap checks first."""
     device = _device(args.device)
     if args.cache == "device" and device.type == "cpu":
         raise UsageError("--cache device keeps rows in GPU memory, and --device is cpu; use --cache host")
     data = load_data(args.data, image_size=args.image_size)
-    name = args.model or ("digits_cnn" if data.name == "digits" else "resnet18")
+    name = model_name(args, data)
     out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
     torch.manual_seed(args.seed)
+    schedule = schedules.make_schedule(args) if hasattr(args, "schedule") else None
     model = _model(name, args, data)
-    _freeze(model, args, data)
+    if schedule is None:
+        _freeze(model, args, data)
     make_folder(out)
-    engine = Engine(model.to(device), _store(args, out), dtype=args.cache_dtype)
+    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype)
     order = torch.Generator().manual_seed(args.seed)
     train = DataLoader(data.train, args.batch_size, shuffle=True, generator=order)
     val = DataLoader(data.val, args.batch_size, generator=torch.Generator())
@@ -128,7 +152,8 @@ def configuration(args: argparse.Namespace, job: Job) -> Mapping[str, str]:
     return {
         "data": job.data.name,
         "model": type(job.model).__name__,
-        "boundary": str(job.engine.boundary),
+        "boundary": str(job.engine.boundary) if args.schedule is None else "scheduled",
+        "schedule": str(job.engine.schedule),
         "image_size": str(job.data.image_size),
         "batch_size": str(args.batch_size),
         "optimizer": args.optimizer,
@@ -181,13 +206,19 @@ def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
 
 
 def _freeze(model: nn.Module, args: argparse.Namespace, data: Data) -> None:
-    size = data.image_size
-    try:
-        example = torch.zeros(2, 3, size, size)
+    with running_on(model, data) as example:
         if args.train_from is not None:
             cf.freeze(model, args.train_from, example_inputs=example)
         else:
             cf.freeze(model, train_last=args.train_last or 1, example_inputs=example)
+
+
+@contextmanager
+def running_on(model: nn.Module, data: Data) -> Iterator[Tensor]:
+    """Two images of the data's size; what goes wrong when the model runs on them is the size's fault."""
+    size = data.image_size
+    try:
+        yield torch.zeros(2, 3, size, size)
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, CacheFreezeError):
             raise

@@ -8,8 +8,8 @@ from typing import Any
 from cachefreeze.errors import UsageError
 
 
-def demo_package(name: str) -> Any:
-    """Import a package of the ``demo`` extra.
+def demo_package(name: str, extra: str = "demo") -> Any:
+    """Import a package of an extra.
 
     Raises:
         UsageError: It is not installed.
@@ -19,5 +19,6 @@ def demo_package(name: str) -> Any:
     except ModuleNotFoundError as error:
         missing = (error.name or name).partition(".")[0]
         raise UsageError(
-            f'the command line needs the package {missing!r}, which is not installed: pip install "cachefreeze[demo]"'
+            f"the command line needs the package {missing!r}, which is not installed: pip install "
+            f'"cachefreeze[{extra}]"'
         ) from None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cachefreeze._started import STARTED
-from cachefreeze.cli import job
+from cachefreeze.cli import job, schedules
 from cachefreeze.errors import UsageError
 from cachefreeze.reporting import Report, short_bytes, table_header, table_row
 from cachefreeze.training import Trainer
@@ -25,7 +25,7 @@ _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimiz
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``train``."""
-    job.add_arguments(parser, caches=("auto", "device", "host", "hdf5", "off"), cache="auto")
+    job.add_arguments(parser, caches=("auto", "device", "host", "hdf5", "off"), cache="auto", scheduled=True)
     parser.add_argument("--epochs", type=job.positive, default=10, metavar="N", help="default 10")
     parser.add_argument("--lr", type=job.positive_float, default=1e-3, metavar="X", help="default 1e-3, constant")
     parser.add_argument("--optimizer", choices=tuple(_OPTIMIZERS), default="adamw", help="default adamw")
@@ -45,10 +45,14 @@ def run(args: argparse.Namespace) -> int:
         _describe(made)
         print(table_header(), flush=True)
         trained = [p for p in made.model.parameters() if p.requires_grad]
+        optimizer = _OPTIMIZERS[args.optimizer](trained, args.lr)
+        if engine.schedule is not None:
+            engine.attach(optimizer)
+            schedules.warn(engine.schedule, engine.ladder, steps=len(made.train) * args.epochs, epochs=args.epochs)
         trainer = Trainer(
             engine,
             nn.functional.cross_entropy,
-            _OPTIMIZERS[args.optimizer](trained, args.lr),
+            optimizer,
             out=made.out,
             config=job.configuration(args, made),
             progress=True,
@@ -69,12 +73,15 @@ def run(args: argparse.Namespace) -> int:
 def _describe(made: job.Job) -> None:
     trained = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in made.model.parameters())
-    boundary = made.engine.boundary or "the first block"
+    boundary = repr(made.engine.boundary or "the first block")
     samples = f"{len(made.train.dataset)} training and {len(made.val.dataset)} validation samples"
     print(
         f"{type(made.model).__name__} on {made.data.name}: {samples}, {len(made.data.classes)} classes, "
-        f"{made.data.image_size} px; trains {trained:,} of {total:,} parameters from {boundary!r} on"
+        f"{made.data.image_size} px; trains {trained:,} of {total:,} parameters from {boundary} on"
     )
+    if made.engine.schedule is not None:
+        print(f"the schedule decides what freezes when: {made.engine.schedule}")
+        return
     parts, cache = made.engine.parts, made.engine.cache
     if parts is None or cache is None:
         if made.engine.boundary is None:

@@ -95,8 +95,7 @@ def _record_alike(model: nn.Module, example: Example, rules: Rules) -> Recording
         try:
             with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
                 two, three = (
-                    record(model, example.take([i % 2 for i in range(count)]), rules, opened)
-                    for count in (2, 3)
+                    record(model, example.take([i % 2 for i in range(count)]), rules, opened) for count in (2, 3)
                 )
                 compare(two, three, "the forward")
         except OpenInstead as found:

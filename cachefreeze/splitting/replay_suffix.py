@@ -56,6 +56,7 @@ class ReplaySuffix(nn.Module):
         self._places = {place: i for i, place in enumerate(planned.kept)}
         self._pass: _Pass | None = None
         self._outstanding: list[_Pass] = []
+        self._bad_values: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._inputs = _Inputs(site, planned, example)
         names = {name for name, _ in planned.closed.keys() | planned.constant}
         self._called = Counter(name for name, _ in planned.closed)
@@ -71,6 +72,9 @@ class ReplaySuffix(nn.Module):
         # modules whose forward runs here follow the model's attributes, in both directions
         running = names - {name for name, number in planned.closed if (name, number) not in planned.again}
         stubs = {id(site.model.get_submodule(name)) for name in names - running}
+        for made, original in self._copied:
+            if id(original) in stubs:
+                made.training = False
         self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
         self._children = [(original, dict(original._modules)) for _, original in self._copied]
         self.drops_generation_caches = False
@@ -92,20 +96,31 @@ class ReplaySuffix(nn.Module):
 
     def forward(self, *rows: Tensor) -> Any:
         """Run the trainable part on a fresh batch of rows, which it may write into."""
-        return self.run(list(rows), nan)
+        return self.run(list(rows))
 
-    def run(self, rows: list[Tensor], poison: Poison, see_inputs: Callable[[Any], None] | None = None) -> Any:
+    def _nan(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, writable: bool) -> Tensor:
+        """A value that shows where it is used: NaN, else the smallest integer; one element, seen as many."""
+        if writable:
+            return torch.full(shape, _bad(dtype), dtype=dtype, device=device)
+        one = self._bad_values.get((dtype, device))
+        if one is None:
+            one = self._bad_values[dtype, device] = torch.full((), _bad(dtype), dtype=dtype, device=device)
+        return one.expand(shape)
+
+    def run(
+        self, rows: list[Tensor], poison: Poison | None = None, see_inputs: Callable[[Any], None] | None = None
+    ) -> Any:
         """The model's forward on rows, with a poison in place of what is not kept.
 
         Args:
             rows: One tensor per boundary tensor, which the forward may write into.
-            poison: Makes what stands for a value that is not kept.
+            poison: Makes what stands for a value that is not kept; NaN by default.
             see_inputs: Called with the model's arguments before the forward.
         """
         spec = self.plan.tensors[0]
         batch = rows[0].shape[spec.batch_dim]
         rows = [tensor.fold(row) for tensor, row in zip(self.plan.tensors, rows, strict=True)]
-        current = self._pass = _Pass(rows, batch, poison)
+        current = self._pass = _Pass(rows, batch, poison or self._nan)
         args, kwargs = self._inputs.build(current, self._places)
         self._follow_attributes()
         try:
@@ -124,9 +139,9 @@ class ReplaySuffix(nn.Module):
     # --- attributes ---
 
     def _follow_attributes(self) -> None:
-        for made, original in self._copied:
-            made.training = original.training
         if torch.compiler.is_compiling():
+            for made, original, _, _ in self._open:
+                made.training = original.training
             return
         for made, original, children, forward in self._open:
             own = made.__dict__
@@ -312,13 +327,6 @@ def poisoned(
         shape = sizes_at(spec, current.batch, current.input_shapes)
     made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
     return made
-
-
-def nan(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, writable: bool) -> Tensor:
-    """A value that shows where it is used: NaN, else the smallest integer; one element, seen as many."""
-    if writable:
-        return torch.full(shape, _bad(dtype), dtype=dtype, device=device)
-    return torch.full((), _bad(dtype), dtype=dtype, device=device).expand(shape)
 
 
 def _bad(dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode, preserved_buffers
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
-from cachefreeze.splitting.replay_suffix import ReplaySuffix, nan
+from cachefreeze.splitting.replay_suffix import ReplaySuffix
 from cachefreeze.splitting.verification import close_rows
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Segment(nn.Module):
         notes.begin()
         kept = [rows[at] for at in self._taken]
         with eval_mode(model), preserved_buffers(model.modules()), torch.no_grad(), suppress(Reached):
-            suffix.run(kept, nan, notes.inputs)
+            suffix.run(kept, see_inputs=notes.inputs)
         found, tensors = notes.found, self._after.tensors
         notes.begin()
         if len(found) < len(tensors):

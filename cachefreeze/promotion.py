@@ -1,0 +1,121 @@
+"""Rows of a deeper boundary made from the rows of a shallower one: no sample is fetched, no block runs twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cachefreeze.errors import CorruptRowError
+from cachefreeze.formats import UniformRows
+from cachefreeze.loader import Computed, PassCounts
+from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, autocast, index_of
+from cachefreeze.samples import View
+from cachefreeze.stores import Store
+
+
+class PromotedRows(StoredRows):
+    """Rows that are made from those below where these are stored, and from the samples where they are not.
+
+    Args:
+        prefix: Of the deeper boundary.
+        name: Of the store.
+        view: The samples; the same as below.
+        where: As for :class:`StoredRows`.
+        version: Likewise.
+        below: The rows of the shallower boundary.
+        segment: One tensor per boundary tensor below -> what the deeper prefix returns.
+    """
+
+    def __init__(
+        self,
+        prefix: FrozenPrefix,
+        name: str,
+        view: View,
+        where: str | Store,
+        version: str,
+        *,
+        below: StoredRows,
+        segment: nn.Module,
+    ) -> None:
+        self._below: StoredRows | None = below
+        self._segment = segment
+        super().__init__(prefix, name, view, where, version)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there, so that those below are needed no more."""
+        return self.store.count == self.spec.rows
+
+    def let_go(self) -> None:
+        """Need the rows below no more; those that are absent here are made from the samples."""
+        self._below = None
+
+    def check(self) -> None:
+        """As for any rows; those below must not be stale either."""
+        super().check()
+        if self._below is not None:
+            self._below.check()
+
+    def absent(self, rows: Sequence[int]) -> list[int]:
+        """Which of ``rows`` can be had neither here nor from below, each once, in order."""
+        missing = super().absent(rows)
+        return missing if self._below is None or not missing else self._below.absent(missing)
+
+    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
+        """The user's batch for ``rows``; what is only below is promoted first."""
+        made = list(computed)
+        known = {row for part in made for row in part.rows}
+        missing = [row for row in super().absent(rows) if row not in known]
+        if missing:
+            made += self._promote(missing)
+            counts.promoted += len(missing)
+        return super().batch(rows, counts, made)
+
+    def fill(self, dataloader: DataLoader[Any], progress: Callable[[int], None] | None) -> FillReport:
+        """Promote every row that is only below, in order, then compute what is left from the samples."""
+        self.check()
+        size = dataloader.batch_size or 64
+        missing = super().absent(range(self.spec.rows))
+        beyond = set(self.absent(missing))
+        promoted = [row for row in missing if row not in beyond] if self.store.writable else []
+        for at in range(0, len(promoted), size):
+            rows = promoted[at : at + size]
+            self._promote(rows)
+            if progress is not None:
+                progress(len(rows))
+        below, self._below = self._below, None
+        try:
+            done = super().fill(dataloader, progress)
+        finally:
+            self._below = below
+        return FillReport(rows=done.rows, computed_rows=done.computed_rows + len(promoted), nbytes=done.nbytes)
+
+    def _promote(self, rows: Sequence[int]) -> list[Computed]:
+        """Make ``rows`` from those below and write them; a damaged one below is made from its sample."""
+        below = self._below
+        if below is None:
+            return [self.compute(rows, self.fetch(rows))]
+        # kernels for a batch of one round differently from those for more: compute it as two
+        index = index_of(rows if len(rows) > 1 else [*rows, *rows])
+        try:
+            values = below.store.read(index)
+        except CorruptRowError as error:
+            bad = list(dict.fromkeys(error.rows))
+            good = [row for row in rows if row not in bad]
+            return [self.compute(bad, self.fetch(bad)), *(self._promote(good) if good else [])]
+        tensors, fields = below.format.decode(index, values, self.prefix.device)
+        return [self.make(rows, lambda: self._through_segment(rows, tensors, fields))]
+
+    def _through_segment(self, rows: Sequence[int], tensors: Sequence[Tensor], fields: Sequence[Tensor]) -> Computed:
+        with torch.no_grad(), autocast(self.prefix.device, self.prefix.mode.autocast):
+            made = self._segment(*tensors)
+        found = made if isinstance(made, tuple) else (made,)
+        specs = self.prefix.parts.boundary.tensors
+        kept = [tensor.narrow(spec.batch_dim, 0, len(rows)) for tensor, spec in zip(found, specs, strict=True)]
+        assert isinstance(self.format, UniformRows)  # samples of different lengths are not promoted
+        values = self.format.encode_beside(rows, kept, [field[: len(rows)] for field in fields])
+        return Computed(tuple(rows), values)
