@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,14 +120,14 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Attributes:
-    """The plain attributes of every module of a model: all but weights, buffers, children, hooks and modes."""
+    """The plain attributes of some modules: all but weights, buffers, children and modes."""
 
     _APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
     _CONTAINERS = (list, dict, set, deque)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = []
-        for name, module in model.named_modules():
+        for name, module in modules:
             own = {key: value for key, value in vars(module).items() if key not in self._APART}
             contents = {key: copy.copy(value) for key, value in own.items() if type(value) in self._CONTAINERS}
             self._kept.append((name, module, own, contents))
@@ -169,9 +169,16 @@ def _same_items(now: Any, before: Any) -> bool:
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[Attributes]:
     """Whatever a forward writes into buffers and plain attributes, they are as before on exit."""
-    attributes = Attributes(model)
+    with preserved_state_of(list(model.named_modules())) as attributes:
+        yield attributes
+
+
+@contextmanager
+def preserved_state_of(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[Attributes]:
+    """Likewise for some modules alone, without those inside them."""
+    attributes = Attributes(modules)
     try:
-        with preserved_buffers(model.modules()):
+        with preserved_buffers(module for _, module in modules):
             yield attributes
     finally:
         attributes.restore()

@@ -247,7 +247,8 @@ def _kept(
 def _kept_otherwise(site: Site, example: Example, opened: frozenset[str], recorded: Recording) -> set[Place | None]:
     """Inputs that are used where ids and masks answer otherwise than the example's.
 
-    A batch without padding skips its mask, and the next one has padding. Where the other way cannot be gone with these inputs, everything is kept that decides on it.
+    A batch without padding skips its mask, and the next one has padding. Where the other way cannot be gone with these
+    inputs, everything is kept that decides on it.
     """
     asked = {("input", "", 0, at) for at in _glanced_inputs(recorded, site.name)}
     if not asked:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.fingerprint import digest
-from cachefreeze.isolation import preserved_buffers, preserved_modes
+from cachefreeze.isolation import preserved_modes, preserved_state_of
 from cachefreeze.splitting.boundary import Site
 from cachefreeze.splitting.fx_executor import plain_attributes
 from cachefreeze.splitting.planner import Plan
@@ -112,10 +112,12 @@ class _Run(nn.Module):
 
     replica: nn.Module
     notes: Notes
-    opened: list[nn.Module]
+    opened: list[tuple[str, nn.Module]]
     before: list[nn.Module]
 
-    def __init__(self, replica: nn.Module, notes: Notes, opened: list[nn.Module], before: list[nn.Module]) -> None:
+    def __init__(
+        self, replica: nn.Module, notes: Notes, opened: list[tuple[str, nn.Module]], before: list[nn.Module]
+    ) -> None:
         super().__init__()
         self.__dict__.update(replica=replica, notes=notes, opened=opened, before=before)
 
@@ -141,7 +143,9 @@ class ReplayPrefix(nn.Module):
         self.kept = planned.kept
         self.tensors = planned.tensors
         # not registered: the replica holds what trains as well
-        self.__dict__["_run"] = _Run(replica, notes, opened, [model.get_submodule(name) for name in site.before])
+        self.__dict__["_run"] = _Run(
+            replica, notes, [("", module) for module in opened], [model.get_submodule(name) for name in site.before]
+        )
 
     def _register(self, site: Site, closed: set[str], opened: list[nn.Module]) -> None:
         """Modules, parameters and buffers that rows depend on: what a fingerprint looks at."""
@@ -162,7 +166,7 @@ class ReplayPrefix(nn.Module):
         run: _Run = self.__dict__["_run"]
         notes: Notes = run.notes
         notes.begin()
-        with preserved_modes(*run.before), preserved_buffers(run.opened), torch.no_grad(), suppress(Reached):
+        with preserved_modes(*run.before), preserved_state_of(run.opened), torch.no_grad(), suppress(Reached):
             for module in run.before:
                 module.training = False
             notes.inputs((args, kwargs))

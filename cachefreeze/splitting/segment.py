@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefreeze.errors import SplitError
-from cachefreeze.isolation import eval_mode, preserved_buffers
+from cachefreeze.isolation import eval_mode, preserved_state
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -50,7 +50,7 @@ class Segment(nn.Module):
         notes = self._notes
         notes.begin()
         kept = [rows[at] for at in self._taken]
-        with eval_mode(model), preserved_buffers(model.modules()), torch.no_grad(), suppress(Reached):
+        with eval_mode(model), preserved_state(model), torch.no_grad(), suppress(Reached):
             suffix.run(kept, see_inputs=notes.inputs)
         found, tensors = notes.found, self._after.tensors
         notes.begin()

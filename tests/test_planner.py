@@ -1,0 +1,187 @@
+"""The planner: what is kept, what runs again, and what the example does not show."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import cachefreeze as cf
+from cachefreeze import splitting
+from cachefreeze.errors import SplitError
+from cachefreeze.splitting import ReplayExecutor
+from cachefreeze.testing.traps import Skip, vectors
+
+
+@pytest.fixture
+def replay(monkeypatch):
+    monkeypatch.setattr(splitting, "_EXECUTORS", (ReplayExecutor(),))
+
+
+def train(parts, rows, seed):
+    parts.model.zero_grad()
+    torch.manual_seed(seed)
+    parts.suffix(*[row.clone() for row in rows]).sum().backward()
+    return [None if p.grad is None else p.grad.clone() for p in parts.model.parameters()]
+
+
+class SkipsItsMask(nn.Module):
+    """As language models do: a batch without padding leaves its mask out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        kept = None if mask.all() else mask.float()[:, :, None]
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+            x = x if kept is None else x * kept
+        return x
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5, 5, 3], [4, 2, 5]])
+def test_a_mask_is_kept_though_the_example_has_no_padding(lengths):
+    ids = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(0))
+    model = SkipsItsMask().eval()
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    parts = cf.split(model, (ids, mask), "layers.1")
+    for other in ([5, 5, 5], [5, 1, 5], [2, 3, 4]):
+        given = torch.arange(5) < torch.tensor(other)[:, None]
+        assert torch.equal(parts.suffix(*parts.prefix(ids, given)), model(ids, given))
+
+
+class RandomGlue(nn.Module):
+    """A dropout without a module, in a parent that is half frozen, and a frozen layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.dropout(self.stem(x), 0.5, self.training)
+        return self.head(self.second(x))
+
+
+def test_what_follows_a_random_value_runs_at_every_step():
+    """The frozen layer behind the dropout is no part of the cache, and the cached fraction says so."""
+    torch.manual_seed(0)
+    model = RandomGlue()
+    cf.freeze(model, "head")
+    whole = copy.deepcopy(model)
+    parts = cf.split(model, vectors())
+    assert parts.executor == "replay"
+    assert 0 < parts.cached_fraction < 0.6
+    model.train()
+    whole.train()
+    rows = parts.prefix(vectors())
+    draws = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = whole(vectors())
+        torch.manual_seed(seed)
+        got = parts.suffix(rows.clone())
+        assert torch.equal(got, expected)
+        draws.append(got)
+    assert not torch.equal(draws[0], draws[1])
+
+
+class Counts(nn.Module):
+    """State in attributes and lists, read and written by the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+        self.seen = 0
+        self.scale = 1.0
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        self.seen += 1
+        self.losses.append(y.detach().mean())
+        return self.head(y) * self.scale * (1 + (self.seen > 2))
+
+
+@pytest.mark.usefixtures("replay")
+def test_attributes_are_the_models_own_in_both_directions():
+    model = Counts().eval()
+    parts = cf.split(model, vectors(), "head")
+    assert (model.seen, model.losses) == (0, [])
+    row = parts.prefix(vectors())
+    first = parts.suffix(row)
+    assert model.seen == 1
+    assert len(model.losses) == 1
+    model.scale = 3.0
+    assert torch.allclose(parts.suffix(row), 3 * first)
+    assert torch.allclose(parts.suffix(row), 6 * first)
+    assert (model.seen, len(model.losses)) == (3, 3)
+
+
+class Two(nn.Module):
+    """A segment that is checkpointed: one frozen layer and one that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.mid = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def both(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.mid(torch.sin(self.stem(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.head(torch.utils.checkpoint.checkpoint(self.both, x, use_reentrant=False))
+        return self.head(self.both(x))
+
+
+@pytest.mark.usefixtures("replay")
+def test_a_checkpoint_over_frozen_and_trained_layers_is_repeated_with_its_own_rows():
+    model = Two()
+    cf.freeze(model, "mid", example_inputs=vectors())
+    parts = cf.split(model, vectors())
+    model.train()
+    one, other = parts.prefix(vectors()), parts.prefix(vectors() + 1)
+    alone = train(parts, [one], 0)
+    train(parts, [other], 0)
+    for a, b in zip(train(parts, [one], 0), alone, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    # the rows of the first forward are not those that the second one left behind
+    model.zero_grad()
+    first, _second = parts.suffix(one.clone()), parts.suffix(other.clone())
+    first.sum().backward()
+    for p, b in zip(model.parameters(), alone, strict=True):
+        assert (p.grad is None and b is None) or torch.equal(p.grad, b)
+
+
+@pytest.mark.usefixtures("replay")
+def test_a_repeated_layer_that_cannot_be_told_from_another_is_an_error():
+    model = Two()
+    cf.freeze(model, "mid", example_inputs=vectors())
+    parts = cf.split(model, vectors())
+    model.train()
+    outputs = [parts.suffix(parts.prefix(vectors() + i)) for i in range(2)]
+    with pytest.raises(SplitError, match=r"call backward\(\) after every forward"):
+        sum(out.sum() for out in outputs).backward()
+
+
+def test_frozen_parameters_behind_trainable_ones_are_reported():
+    model = Skip().eval()
+    cf.freeze(model, "second")
+    model.third.requires_grad_(False)
+    parts = cf.split(model, vectors())
+    assert parts.frozen_after == ("third.weight", "third.bias")
+    assert "2 frozen parameters lie after trainable ones: 'third.weight'" in repr(parts)
+
+
+def test_bytes_of_the_blocks_are_those_of_the_splits():
+    model = Skip().eval()
+    for block in cf.blocks(model, vectors())[1:]:
+        assert cf.split(model, vectors(), block.name).boundary.bytes_per_sample == block.bytes_per_sample
