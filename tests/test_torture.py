@@ -298,6 +298,7 @@ class Stored(Dataset):
         return self.store.read(rows_of(row))["activation.0"][0]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes")  # more than there are processors
 @pytest.mark.parametrize("workers", [0, 1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
