@@ -6,6 +6,7 @@ import copy
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import cachefreeze as cf
 from covering import checks
@@ -55,7 +57,7 @@ def run_case(case: Case, places: tuple[str, ...]) -> dict[str, Any]:
     except Exception as error:
         return {**result, "cuts": [_cut("all", "", "crash", f"cf.blocks: {_short(error)}", traceback.format_exc())]}
     cuts = [
-        _one(case, model, inputs, place, name, two, three)
+        _beyond_rounding(_one(case, model, inputs, place, name, two, three), case, model, inputs, (two, three))
         for place, name in _chosen(_trainable(listed, two, trained), places)
     ]
     return {**result, "blocks": len(listed), "cuts": cuts, "seconds": round(time.perf_counter() - began, 1)}
@@ -80,6 +82,35 @@ def _chosen(listed: list[str], places: tuple[str, ...]) -> list[tuple[str, str]]
         if place in places and at > 0 and listed[at] not in found.values():
             found[place] = listed[at]
     return list(found.items())
+
+
+def _beyond_rounding(
+    found: dict[str, Any], case: Case, model: nn.Module, inputs: Any, recorded: tuple[Recording, Recording]
+) -> dict[str, Any]:
+    """What is wrong or refused is tried again in float64.
+
+    A deep network of random weights amplifies one unit in the last place to any size: in float32 its rows differ by batch
+    as a wrong row would. What is wrong by more than rounding is so in float64 too.
+    """
+    if found["status"] not in ("silent", "refused"):
+        return found
+    exact = replace(case, inputs=lambda batch, generator: _double(case.inputs(batch, generator)), example=None)
+    try:
+        again = _one(
+            exact, copy.deepcopy(model).double(), _double(inputs), found["place"], found["boundary"], *recorded
+        )
+    except Exception:  # a model that makes float32 tensors of its own says nothing
+        return found
+    if again["status"] != "ok":
+        return found
+    return {**again, "reason": f"float32: {found['status']}: {found['reason']}", "float64": True}
+
+
+def _double(inputs: Any) -> Any:
+    def convert(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(convert, inputs)
 
 
 def _one(
