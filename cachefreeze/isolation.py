@@ -100,7 +100,7 @@ def preserved_modes(*models: nn.Module) -> Iterator[None]:
 def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Whatever a forward writes into the own buffers of some modules, their values are as before on exit."""
     modules = list(modules)
-    known = [(module, set(module._buffers)) for module in modules]
+    known: list[tuple[nn.Module, dict[str, Tensor | None]]] = [(module, dict(module._buffers)) for module in modules]
     kept = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
@@ -114,23 +114,24 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                 module._buffers[name] = buffer  # a forward may bind a buffer anew
                 if not torch.equal(buffer, value):  # an untouched buffer keeps its version counter
                     buffer.copy_(value)
-            for module, names in known:
-                for name in module._buffers.keys() - names:
+            for module, before in known:
+                for name in module._buffers.keys() - before.keys():
                     del module._buffers[name]
+                for name, held in before.items():
+                    if held is None:  # filled by its first forward
+                        module._buffers[name] = None
 
 
 class Attributes:
     """The plain attributes of some modules: all but weights, buffers, children and modes."""
 
     _APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
-    _CONTAINERS = (list, dict, set, deque)
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, list[tuple[Any, Any]]]]] = []
         for name, module in modules:
             own = {key: value for key, value in vars(module).items() if key not in self._APART}
-            contents = {key: copy.copy(value) for key, value in own.items() if type(value) in self._CONTAINERS}
-            self._kept.append((name, module, own, contents))
+            self._kept.append((name, module, own, {key: _contents(value) for key, value in own.items()}))
 
     def changed(self) -> list[str]:
         """Dotted names of the attributes that were bound anew, or whose list, dict or set holds something else."""
@@ -139,7 +140,7 @@ class Attributes:
             for name, module, own, contents in self._kept
             for key in sorted((vars(module).keys() | own.keys()) - self._APART)
             if vars(module).get(key, self) is not own.get(key, self)
-            or (key in contents and not _same_items(vars(module)[key], contents[key]))
+            or not all(_same_items(now, before) for now, before in contents.get(key, ()))
         ]
 
     def restore(self) -> None:
@@ -149,10 +150,18 @@ class Attributes:
             for key in state.keys() - own.keys() - self._APART:
                 del state[key]
             state.update(own)
-            for key, items in contents.items():
-                if not _same_items(own[key], items):
-                    own[key].clear()
-                    (own[key].extend if isinstance(items, list | deque) else own[key].update)(items)
+            for now, before in (pair for pairs in contents.values() for pair in pairs):
+                if not _same_items(now, before):
+                    now.clear()
+                    (now.extend if isinstance(before, list | deque) else now.update)(before)
+
+
+def _contents(value: Any, depth: int = 3) -> list[tuple[Any, Any]]:
+    """Every list, dict and set in a value, and a copy of what it holds."""
+    if not isinstance(value, list | dict | set | deque) or not depth:
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    return [(value, copy.copy(value)), *(pair for item in inner for pair in _contents(item, depth - 1))]
 
 
 def _same_items(now: Any, before: Any) -> bool:

@@ -300,7 +300,7 @@ def trace_usage(model: nn.Module) -> Usage:
 
     events.enter("")
     try:
-        with eval_mode(model), preserved_random_state():
+        with eval_mode(model), preserved_random_state(), preserved_state(model):
             _Order().trace(model)
     except Exception as error:  # any op of the user's forward may refuse a proxy, with any exception
         warnings.warn(

@@ -89,8 +89,8 @@ def _beyond_rounding(
 ) -> dict[str, Any]:
     """What is wrong or refused is tried again in float64.
 
-    A deep network of random weights amplifies one unit in the last place to any size: in float32 its rows differ by batch
-    as a wrong row would. What is wrong by more than rounding is so in float64 too.
+    A deep network of random weights amplifies one unit in the last place to any size: in float32 its rows differ by
+    batch as a wrong row would. What is wrong by more than rounding is so in float64 too.
     """
     if found["status"] not in ("silent", "refused"):
         return found

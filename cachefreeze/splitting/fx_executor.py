@@ -112,6 +112,7 @@ class Suffix(nn.Module):
         # not registered: the whole model is no part of the suffix
         self._follow: dict[str, Any] = {"model": model, "opened": opened, "make": make}
         self._attributes = plain_attributes(opened)
+        self._seen = plain_values(opened)
 
     def train(self, mode: bool = True) -> Suffix:
         """Set the mode of the model, which is the only mode there is."""
@@ -120,7 +121,10 @@ class Suffix(nn.Module):
 
     def prepare(self) -> nn.Module:
         """The graph for the modes that the traced-through modules are in now."""
-        key = "".join("t" if module.training else "e" for module in self._follow["opened"])
+        opened = self._follow["opened"]
+        if any(vars(module).get(key, self) is not value for module, key, value in self._seen):
+            self._take_up_attributes()
+        key = "".join("t" if module.training else "e" for module in opened)
         if key not in self.graphs:
             self.graphs[key] = self._follow["make"]()
         return self.graphs[key]
@@ -142,8 +146,20 @@ class Suffix(nn.Module):
                             f"{name!r} of {type(model).__name__} was replaced after the loader was made, so what "
                             "trains is not what the model holds; replace modules first, then make the Engine"
                         )
-        attributes = plain_attributes(self._follow["opened"])
-        if attributes != self._attributes:  # a forward that reads them is traced again
+        for module in self._follow["opened"]:
+            if _is_hooked(module):
+                raise StaleCacheError(
+                    f"a forward hook was registered on {type(module).__name__} after the loader was made, and a traced "
+                    "forward would not run it; register hooks first, then make the Engine"
+                )
+        self._take_up_attributes()
+
+    def _take_up_attributes(self) -> None:
+        """Trace again where a plain attribute of a traced-through module has another value."""
+        opened = self._follow["opened"]
+        self._seen = plain_values(opened)
+        attributes = plain_attributes(opened)
+        if attributes != self._attributes:
             self._attributes = attributes
             self.graphs.clear()
 
@@ -158,6 +174,16 @@ def _reach(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part, None)
     return value
+
+
+def plain_values(modules: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str, Any]]:
+    """The plain attributes themselves: what is still the same object was not set anew."""
+    return [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if name not in BOOKKEEPING and "hook" not in name and not isinstance(value, nn.Module | Tensor)
+    ]
 
 
 def plain_attributes(modules: tuple[nn.Module, ...]) -> str:

@@ -8,7 +8,6 @@ the cut with the fewest bytes; of equal ones the deepest.
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 
 import networkx as nx
@@ -46,7 +45,7 @@ class Plan:
     stand_ins: frozenset[int]
 
 
-def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
+def plan(site: Site, example: Example, shorter: Example | None = None, *, keep_asked: bool = False) -> Plan:
     """Record and choose.
 
     Args:
@@ -54,6 +53,7 @@ def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
         example: The model's inputs; two and three of their samples are used.
         shorter: Others that are padded to another length, where samples have different lengths: raw inputs then cost
             nothing and are all kept, since a batch is collated anew each time.
+        keep_asked: Keep every input that is asked for a truth value.
 
     Raises:
         SplitError: The forward cannot be recorded alike at two batch sizes, or no rows can hold what crosses.
@@ -61,7 +61,7 @@ def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
     opened: set[str] = set()
     while True:
         try:
-            return _plan(site, example, frozenset(opened), shorter)
+            return _plan(site, example, frozenset(opened), shorter, keep_asked=keep_asked)
         except OpenInstead as found:
             module = site.model.get_submodule(found.name)
             if found.name in opened or not found.name or next(module.children(), None) is None:
@@ -72,7 +72,7 @@ def plan(site: Site, example: Example, shorter: Example | None = None) -> Plan:
             opened.add(found.name)
 
 
-def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example | None) -> Plan:
+def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example | None, *, keep_asked: bool) -> Plan:
     two, three = (record_at(site, example, count, opened, train=True) for count in (2, 3))
     compare(two, three, f"what runs before {site.name!r}")
     if shorter is not None:
@@ -81,9 +81,11 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
     _take_specs(one_mode, two)
     inputs = {value.place for value in two.values if value.spec is not None and value.spec.input is not None}
     kept, again = _kept(two, site, example, inputs)
-    kept |= inputs | _kept_otherwise(site, example, opened, two)
+    kept |= inputs | (_asked(site, two) if keep_asked else _kept_otherwise(site, example, opened, two))
     # what is kept for one mode costs the other nothing
     more, again_too = _kept(one_mode, site, example, kept)
+    if two.branches or one_mode.branches:  # the way not taken may use what no poison can show: ids and masks
+        kept |= {v.place for v in two.values if _is_raw_integer(v) and fits_a_row(v.spec)}
     order = {value.place: value for value in two.values if value.place in kept | more}
     places = tuple(place for place in order if place is not None)
     lost = next((p for p in places if p[0] in ("output", "written") and p[1:3] not in one_mode.closed), None)
@@ -145,8 +147,16 @@ def check_reads(site: Site, example: Example) -> None:
     Raises:
         SplitError: It does.
     """
-    with suppress(OpenInstead):  # seen again by the executor that needs to know
-        record_at(site, example, 2, frozenset(), train=False)
+    opened: set[str] = set()
+    while True:
+        try:
+            record_at(site, example, 2, frozenset(opened), train=False)
+        except OpenInstead as found:
+            if found.name in opened or not found.name:
+                return  # seen by the executor that needs to know
+            opened.add(found.name)
+        else:
+            return
 
 
 def compare(two: Recording, three: Recording, what: str) -> None:
@@ -250,19 +260,24 @@ def _kept_otherwise(site: Site, example: Example, opened: frozenset[str], record
     A batch without padding skips its mask, and the next one has padding. Where the other way cannot be gone with these
     inputs, everything is kept that decides on it.
     """
-    asked = {("input", "", 0, at) for at in _glanced_inputs(recorded, site.name)}
-    if not asked:
+    fitting = _asked(site, recorded)
+    if not fitting:
         return set()
-    fitting = {v.place for v in recorded.values if v.place in asked and fits_a_row(v.spec)}
     try:
         other = record_at(site, example, 2, opened, train=False, live=frozenset(recorded.live), contrary=True)
         _take_specs(other, recorded)
         kept, _, obstacle = minimum_cut(other, site.name)
     except Exception:  # whatever the model's forward raises on inputs that do not go with the answer
-        return set(fitting)
+        return fitting
     if obstacle is not None:
-        return set(fitting)
+        return fitting
     return {other.values[number].place for number in kept} & fitting
+
+
+def _asked(site: Site, recorded: Recording) -> set[Place | None]:
+    """Inputs that glue before the boundary asks for a truth value, and that rows can hold."""
+    asked = {("input", "", 0, at) for at in _glanced_inputs(recorded, site.name)}
+    return {v.place for v in recorded.values if v.place in asked and fits_a_row(v.spec)}
 
 
 def _glanced_inputs(recording: Recording, block: str) -> frozenset[int]:
@@ -274,6 +289,11 @@ def _glanced_inputs(recording: Recording, block: str) -> frozenset[int]:
             found |= recording.values[number].inputs
     places = (recording.values[number].place for number in found)
     return frozenset(place[3] for place in places if place is not None and place[0] == "input")
+
+
+def _is_raw_integer(value: Value) -> bool:
+    raw = value.place is not None and value.place[0] == "input"
+    return raw and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
 def _take_specs(recording: Recording, specified: Recording) -> None:

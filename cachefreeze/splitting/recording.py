@@ -34,6 +34,9 @@ _READS = frozenset({
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__",
     "__contains__", "equal", "allclose", "is_nonzero",
 })  # fmt: skip
+# What makes tensors whose size follows from what is in another, and what reads a size.
+_SIZED = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
+_SIZES = frozenset({"shape", "size", "__len__", "numel", "nelement"})
 # Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
 _REDRAWS = 1000
 
@@ -106,6 +109,7 @@ class Recording:
         glanced: (when, numbers of values made of ids and masks alone that glue asked for a truth value): whatever the
             answer, the model does the same.
         operations: Names of what glue did before the last boundary.
+        branches: Whether, from the boundary on, values or chance decide in Python what runs.
         settled: (when, number of values, number of operations) when the last closed call before it was done.
     """
 
@@ -118,6 +122,7 @@ class Recording:
     reads: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     glanced: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
+    branches: bool = False
     settled: tuple[int, int, int] = (0, 0, 0)
 
     def count_before(self) -> int:
@@ -177,8 +182,12 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
     replica, _ = replicate(model, {name: recorder.rewrite(name) for name, _ in model.named_modules()})
     own = example.fresh()
     recorder.take_inputs(own)
-    with recorder.memory, recorder:
-        output = own.call(replica)
+    try:
+        with recorder.memory, recorder:
+            output = own.call(replica)
+    except NotImplementedError as error:  # higher-order operators (flex attention) do not show what they do
+        first = "".join(str(error).strip().splitlines()[:1])
+        raise SplitError(f"replay: an operator of {type(model).__name__} cannot be followed: {first}") from error
     recorder.finish(trees.tensors(output))
     return recorder.recording
 
@@ -245,6 +254,9 @@ class _Recorder(TorchFunctionMode):
         self._of: dict[int, tuple[int, Tensor]] = {}  # id -> value number; the tensor is held, or its id would return
         self._inside: dict[int, str] = {}  # id -> closed module in which it was made
         self._pure: set[int] = set()  # ids of what comes from ids and masks alone
+        self._masks: set[int] = set()  # ids of what comes from masks (zeros and ones) alone
+        self._sized: set[int] = set()  # ids of tensors whose size follows from what is in them
+        self._start = RandomState.capture()
         self._drawn: dict[int, Callable[[], Any]] = {}  # id -> how to draw it again
         self._arguments: set[int] = set()  # numbers of the values that enter a boundary
         self._closed: str | None = None
@@ -264,11 +276,14 @@ class _Recorder(TorchFunctionMode):
         for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
             if isinstance(leaf, Tensor) and id(leaf) not in self._of:
                 self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
-                if not leaf.is_floating_point():
+                if not leaf.is_floating_point() and not leaf.is_complex():
                     self._pure.add(id(leaf))
+                    if bool(((leaf == 0) | (leaf == 1)).all()):
+                        self._masks.add(id(leaf))
 
     def finish(self, outputs: list[Tensor]) -> None:
         self.recording.uses.append((self._tick(), self._value_numbers(outputs)))
+        self.recording.branches |= any(source in ("numpy", "random") for source in self._start.moved())
 
     # --- module calls ---
 
@@ -465,7 +480,12 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if not made and name in METADATA:
+            if self._checking and name in _SIZES and any(id(leaf) in self._sized for leaf in given):
+                self._refuse_read(name)
             return result
+        masked = name == "__getitem__" and any(leaf.dtype == torch.bool for leaf in given[1:])
+        if masked or name in _SIZED or any(id(leaf) in self._sized for leaf in given):
+            self._sized |= {id(leaf) for leaf in made}
         self._kept += made
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
         depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
@@ -479,7 +499,7 @@ class _Recorder(TorchFunctionMode):
         drew = state is not None and state != _torch_state()
         if drew:
             self._refuse_eval_draw()
-        if pure and not made and not written:
+        if pure:
             self.recording.glanced.append((self._tick(), self._value_numbers(given)))
             if self._rules.contrary and isinstance(result, bool) and not self._ended:
                 return not result
@@ -512,13 +532,17 @@ class _Recorder(TorchFunctionMode):
     def _follow_purity(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
         """Whether an op sees ids and masks alone; anything else is not to be read into Python."""
         pure = bool(depend) and all(id(leaf) in self._pure for leaf in depend)
-        if pure and not any(isinstance(leaf, nn.Parameter) for leaf in given):
-            self._pure |= {id(leaf) for leaf in results}
+        masks = bool(depend) and all(id(leaf) in self._masks for leaf in depend)
+        if not any(isinstance(leaf, nn.Parameter) for leaf in given):
+            self._pure |= {id(leaf) for leaf in results if pure}
+            self._masks |= {id(leaf) for leaf in results if masks}
         # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
-        asks_truth = pure and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
-        if name in _READS and depend and self._checking and not asks_truth:
-            self._refuse_read(name)
-        return pure
+        asks_truth = masks and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
+        if name in _READS and depend:
+            self.recording.branches |= self._ended
+            if self._checking and not asks_truth:
+                self._refuse_read(name)
+        return asks_truth
 
     def _follow_draw(self, name: str, func: Any, args: Any, kwargs: Any, made: list[Tensor], depend: list[Any]) -> None:
         """Random numbers that no input went into decide which layers run, where they are read into Python."""

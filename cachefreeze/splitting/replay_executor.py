@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
-from cachefreeze.isolation import preserved_random_state, preserved_state
+from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Cut, Site
 from cachefreeze.splitting.planner import plan
 from cachefreeze.splitting.replay_prefix import ReplayPrefix
@@ -34,7 +34,11 @@ class ReplayExecutor:
             example: The model's inputs.
             shorter: Others that are padded to another length, where samples have different lengths.
         """
-        planned = plan(site, example, shorter)
+        cut, answers_matter = self._cut(site, example, shorter, keep_asked=False)
+        return self._cut(site, example, shorter, keep_asked=True)[0] if answers_matter else cut
+
+    def _cut(self, site: Site, example: Example, shorter: Example | None, *, keep_asked: bool) -> tuple[Cut, bool]:
+        planned = plan(site, example, shorter, keep_asked=keep_asked)
         if all(tensor.input is not None for tensor in planned.tensors):
             raise SplitError(f"replay: nothing that is used after {site.name!r} depends on the inputs")
         with site.mode(train=False):
@@ -47,7 +51,31 @@ class ReplayExecutor:
             with preserved_random_state(), preserved_state(site.model), site.mode(train=train), torch.no_grad():
                 output = _prove(suffix, rows, site)
             suffix.drops_generation_caches |= any(trees.is_generation_cache(leaf) for leaf in trees.leaves(output))
-        return Cut(prefix, suffix, planned.tensors)
+        with preserved_random_state() as random_state, preserved_state(site.model), site.mode(train=False):
+            answers_matter = not keep_asked and _answers_matter(suffix, rows, random_state)
+        return Cut(prefix, suffix, planned.tensors), answers_matter
+
+
+def _answers_matter(suffix: ReplaySuffix, rows: list[Tensor], random_state: RandomState) -> bool:
+    """Whether the output follows from what masks that are not kept answer: the suffix is given zeros, and ones."""
+    found = []
+    for answer in (0, 1):
+        random_state.restore()
+        suffix.answer(answer)
+        try:
+            with torch.no_grad():
+                found.append(trees.leaves(suffix(*[row.clone() for row in rows])))
+        except Exception:  # a forward that cannot run with a mask of zeros asks for more than a truth value
+            return True
+        finally:
+            suffix.answer(None)
+    return len(found[0]) != len(found[1]) or not all(_same(a, b) for a, b in zip(*found, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return type(a) is type(b) and (not isinstance(a, trees.CONSTANTS) or a == b)
 
 
 def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
+from cachefreeze.errors import SplitError
 from cachefreeze.fingerprint import digest
-from cachefreeze.isolation import preserved_modes, preserved_state_of
+from cachefreeze.isolation import preserved_state_of
 from cachefreeze.splitting.boundary import Site
 from cachefreeze.splitting.fx_executor import plain_attributes
 from cachefreeze.splitting.planner import Plan
@@ -107,6 +108,10 @@ class Notes:
         return make
 
 
+def _versions(modules: list[tuple[str, nn.Module]]) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for _, m in modules for buffer in m._buffers.values() if buffer is not None]
+
+
 class _Run(nn.Module):
     """What a prefix runs; a module, since a fingerprint leaves out modules that are not registered."""
 
@@ -114,6 +119,7 @@ class _Run(nn.Module):
     notes: Notes
     opened: list[tuple[str, nn.Module]]
     before: list[nn.Module]
+    writes: bool | None = None
 
     def __init__(
         self, replica: nn.Module, notes: Notes, opened: list[tuple[str, nn.Module]], before: list[nn.Module]
@@ -166,11 +172,28 @@ class ReplayPrefix(nn.Module):
         run: _Run = self.__dict__["_run"]
         notes: Notes = run.notes
         notes.begin()
-        with preserved_modes(*run.before), preserved_state_of(run.opened), torch.no_grad(), suppress(Reached):
-            for module in run.before:
-                module.training = False
-            notes.inputs((args, kwargs))
-            run.replica(*args, **kwargs)
+        flags = [(module, module.training) for module in run.before]
+        # most forwards write nothing before the boundary: then there is nothing to put back at every batch
+        watched = run.opened if run.writes is not False else []
+        try:
+            with preserved_state_of(watched) as state, torch.no_grad():
+                for module in run.before:
+                    module.training = False
+                versions = _versions(watched)
+                with suppress(Reached):
+                    notes.inputs((args, kwargs))
+                    run.replica(*args, **kwargs)
+                if run.writes is None:
+                    run.writes = bool(state.changed()) or _versions(watched) != versions
+        finally:
+            for module, flag in flags:
+                module.training = flag
+        missing = [place for place in self.kept if place not in notes.found]
+        if missing:
+            raise SplitError(
+                f"replay: {missing[0][1] or 'an input'!r} was not seen on the way to the boundary: the forward goes "
+                "another way on these inputs, or this is a copy of a prefix (copy the model, and split the copy)"
+            )
         pairs = zip(self.kept, self.tensors, strict=True)
         values = tuple(spec.unfold(notes.found[place]) for place, spec in pairs)
         notes.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,13 +26,12 @@ Poison = Callable[[tuple[int, ...], torch.dtype, torch.device, bool], Tensor]
 
 
 class _Pass:
-    """One forward of the suffix.
+    """One forward of the suffix; its outputs keep it alive where a backward may ask for it.
 
     Attributes:
         rows: What is kept, in the order of the boundary's tensors.
         input_shapes: Of the leaves of the model's inputs, which padded dimensions follow.
         checkpointed: Whether a stub was called under activation checkpointing, which calls it again in the backward.
-        in_backward: Whether the backward of this pass has begun.
     """
 
     def __init__(self, rows: list[Tensor], batch: int, poison: Poison) -> None:
@@ -42,7 +42,6 @@ class _Pass:
         self.input_shapes: list[tuple[int, ...]] = []
         self.grad = torch.is_grad_enabled()
         self.checkpointed = False
-        self.in_backward = False
 
 
 class ReplaySuffix(nn.Module):
@@ -55,7 +54,8 @@ class ReplaySuffix(nn.Module):
         self.plan = planned
         self._places = {place: i for i, place in enumerate(planned.kept)}
         self._pass: _Pass | None = None
-        self._outstanding: list[_Pass] = []
+        # the backward that runs, and the passes whose outputs it has come to
+        self._backward: tuple[int, list[weakref.ref[_Pass]]] = (-1, [])
         self._bad_values: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._inputs = _Inputs(site, planned, example)
         names = {name for name, _ in planned.closed.keys() | planned.constant}
@@ -76,7 +76,10 @@ class ReplaySuffix(nn.Module):
             if id(original) in stubs:
                 made.training = False
         self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
-        self._children = [(original, dict(original._modules)) for _, original in self._copied]
+        self._children = [
+            (original, dict(original._modules), type(original), vars(original).get("forward"))
+            for _, original in self._copied
+        ]
         self.drops_generation_caches = False
 
     def train(self, mode: bool = True) -> ReplaySuffix:
@@ -86,7 +89,12 @@ class ReplaySuffix(nn.Module):
 
     def follow(self) -> None:
         """Raise if a module was replaced behind the suffix."""
-        for original, children in self._children:
+        for original, children, kind, forward in self._children:
+            if type(original) is not kind or vars(original).get("forward") is not forward:
+                raise StaleCacheError(
+                    f"the forward of {kind.__name__} was replaced after the loader was made, so what trains is not "
+                    "what the model does; replace it first, then make the Engine"
+                )
             for key, child in original._modules.items():
                 if children.get(key) is not child:
                     raise StaleCacheError(
@@ -106,6 +114,10 @@ class ReplaySuffix(nn.Module):
         if one is None:
             one = self._bad_values[dtype, device] = torch.full((), _bad(dtype), dtype=dtype, device=device)
         return one.expand(shape)
+
+    def answer(self, value: int | None) -> None:
+        """Let masks that are not kept, but asked for a truth value, be all ``value``; None: as in the example."""
+        self._inputs.answer = value
 
     def run(
         self, rows: list[Tensor], poison: Poison | None = None, see_inputs: Callable[[Any], None] | None = None
@@ -145,6 +157,7 @@ class ReplaySuffix(nn.Module):
             return
         for made, original, children, forward in self._open:
             own = made.__dict__
+            own.clear()  # what was deleted from the model must not live on here
             own.update(original.__dict__)
             own["_modules"] = children
             if forward is not None:
@@ -155,10 +168,9 @@ class ReplaySuffix(nn.Module):
         if torch.compiler.is_compiling():
             return
         for made, original, _, _ in self._open:
-            theirs = original.__dict__
-            for key, value in made.__dict__.items():
-                if theirs.get(key, self) is not value and key not in ("_modules", "forward"):
-                    theirs[key] = value
+            own, theirs = made.__dict__, original.__dict__
+            for key in [k for k, v in own.items() if theirs.get(k, self) is not v and k not in ("_modules", "forward")]:
+                theirs[key] = own.pop(key)  # only there: it may hold a graph
 
     # --- activation checkpointing ---
 
@@ -170,17 +182,19 @@ class ReplaySuffix(nn.Module):
 
     def _expect_backward(self, current: _Pass, output: Any) -> None:
         def begin(_gradient: Tensor) -> None:
-            current.in_backward = True
+            task = torch._C._current_graph_task_id()
+            known = [ref for ref in self._backward[1] if ref() is not current] if self._backward[0] == task else []
+            self._backward = (task, [*known, weakref.ref(current)])
 
         for tensor in trees.tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(begin)  # type: ignore[no-untyped-call]
-        self._outstanding = [*(p for p in self._outstanding if not p.in_backward), current][-2:]
 
     def _recomputed(self, name: str) -> tuple[_Pass, int]:
         """The pass whose backward calls a stub again, and the number of that call."""
-        begun = [p for p in self._outstanding if p.in_backward]
-        if len(begun) != 1 or self._called[name] != 1:
+        task, passes = self._backward
+        begun = [p for ref in passes if (p := ref()) is not None]
+        if task != torch._C._current_graph_task_id() or len(begun) != 1 or self._called[name] != 1:
             raise SplitError(
                 f"replay: activation checkpointing runs frozen layers again ({name!r}), and which forward and which "
                 "call it repeats is not known; call backward() after every forward, or checkpoint trained layers only"
@@ -256,6 +270,11 @@ class ReplaySuffix(nn.Module):
                 else:
                     number = current.numbers.next("\0boundary")
                     self._watch_checkpointing(current)
+                if current.grad and not torch.is_grad_enabled():
+                    raise SplitError(
+                        "replay: the boundary runs without gradients inside reentrant activation checkpointing, and "
+                        "rows need none, so nothing in it would be trained; checkpoint with use_reentrant=False"
+                    )
                 if number == 0:
                     leaves, tree = pytree.tree_flatten((args, kwargs))
                     for at, row in arguments.items():
@@ -285,8 +304,10 @@ class _Inputs:
         values = {v.place[3]: v for v in planned.values if v.place is not None and v.place[0] == "input"}
         first = {id(leaves[at]): at for at in sorted(values, reverse=True)}  # one tensor may be given twice
         self._leaves: list[tuple[int, Any]] = [
-            (first[id(leaf)], values[first[id(leaf)]]) if isinstance(leaf, Tensor) else (-1, leaf) for leaf in leaves
+            _input(at if at in values else first[id(leaf)], values) if isinstance(leaf, Tensor) else (-1, leaf)
+            for at, leaf in enumerate(leaves)
         ]
+        self.answer: int | None = None
         self._stand_ins = {at: leaves[at].detach().clone() for at in planned.stand_ins}
         for at, value in self._leaves:
             if at >= 0 and value.spec is None and value.shape[:1] == (2,):
@@ -297,6 +318,8 @@ class _Inputs:
     def _stand_in(self, current: _Pass, at: int, value: Value) -> Tensor:
         """The example's first sample, for every row."""
         sample: Tensor = self._stand_ins[at].to(current.rows[0].device)
+        if self.answer is not None:
+            sample = torch.full_like(sample, self.answer)
         if value.spec is None:
             return sample
         return sample.narrow(value.spec.batch_dim, 0, 1).repeat_interleave(current.batch, value.spec.batch_dim)
@@ -317,6 +340,10 @@ class _Inputs:
                 given.append(current.rows[row])
         current.input_shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in given]
         return pytree.tree_unflatten(given, self._tree)
+
+
+def _input(at: int, values: dict[int, Value]) -> tuple[int, Value]:
+    return at, values[at]
 
 
 def poisoned(
