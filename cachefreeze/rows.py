@@ -344,12 +344,14 @@ def index_of(rows: Sequence[int]) -> Tensor:
     """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list.
 
     Raises:
-        LoaderError: One is no integer: a key, or more than an index.
+        LoaderError: They are keys, or more than an index: what a sampler yields is of one kind, so the first shows it.
     """
     try:
-        return torch.from_numpy(np.fromiter(map(operator.index, rows), np.int64, len(rows)))
-    except TypeError as error:
-        key = next(row for row in rows if not hasattr(row, "__index__"))
+        if len(rows):
+            operator.index(rows[0])  # numpy would make an integer of '7' and of 1.5
+        return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
+    except (TypeError, ValueError) as error:
+        key = next((row for row in rows if not hasattr(row, "__index__")), rows[0])
         raise LoaderError(
             f"the sampler asked for sample {key!r}: expected an index, 0 to len(dataset) - 1, since a row belongs to "
             "one index and to nothing beside it; map keys to indices in the dataset, and change samples (their size, "

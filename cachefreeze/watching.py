@@ -7,22 +7,25 @@ transform. Files are covered by the fingerprint when a store is opened; here it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from cachefreeze.errors import StaleCacheError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import preserved_generators
 from cachefreeze.ragged import evenly
-from cachefreeze.samples import View
+from cachefreeze.samples import View, is_map_style
 
 # Attributes that list something for every sample.
 _LISTED = ("targets", "labels", "indices")
 # Samples whose content is known; a pass fetches two of them, and all where an attribute was bound anew.
 _KNOWN = 8
+# Of a list or dict as many are looked at whether they are datasets: joined ones are.
+_MAX_PARTS = 256
 # Lists of more bytes than this are digested at evenly spaced samples: about 5 ms.
 _WHOLE_BYTES = 64 * 2**20
 
@@ -42,11 +45,12 @@ class SampleWatch:
         self._view = view
         self._count = len(view)
         self._lists = self._listed()
-        before = self._bound()
+        before = self._bound()  # holds the objects: another one cannot take the address of one of them meanwhile
         self._content = {index: self._sample(index) for index in evenly(self._count, _KNOWN)}
         after = self._bound()
         # a dataset that counts or keeps what it has loaded binds attributes with every access
-        self._steady = {name: value for name, value in before.items() if after.get(name) == value}
+        steady = [where for where in before if where in after and _key(before[where]) == _key(after[where])]
+        self._steady = {where: _key(before[where]) for where in steady}
 
     def check(self, name: str) -> None:
         """Compare with what the samples are now. Random states are as before afterwards.
@@ -73,13 +77,13 @@ class SampleWatch:
             if lists.get(where) != self._lists.get(where):
                 return f"{where} is not what it was"
         now = self._bound()
-        bound = [where for where, value in self._steady.items() if now.get(where) != value]
+        bound = [where for where, key in self._steady.items() if where not in now or _key(now[where]) != key]
         known = list(self._content)
         for index in known if bound else sorted({known[0], known[len(known) // 2]}):
             inputs, whole = self._sample(index)
             if (inputs, whole) != self._content[index]:
                 what = "inputs" if inputs != self._content[index][0] else "fields beside the inputs (labels?)"
-                hint = f" ({', '.join(bound)} was set)" if bound else ""
+                hint = f" (set since: {', '.join(bound)})" if bound else ""
                 return f"the {what} of sample {index} are not what they were{hint}"
         return ""
 
@@ -100,10 +104,9 @@ class SampleWatch:
         return found
 
     def _bound(self) -> dict[str, Any]:
-        """The other attributes of the datasets: plain values themselves, objects by which object it is."""
-        plain = (bool, int, float, str)
+        """The other attributes of the datasets."""
         return {
-            f"{where}.{key}": value if isinstance(value, plain) else id(value)
+            f"{where}.{key}": value
             for where, dataset in self._datasets()
             for key, value in vars(dataset).items()
             if key not in _LISTED
@@ -116,6 +119,11 @@ class SampleWatch:
         yield from _within(self._view.source, "dataset", seen)
 
 
+def _key(value: Any) -> Any:
+    """Plain values themselves; objects by their address, since to hold them would keep replaced data in memory."""
+    return value if isinstance(value, bool | int | float | str) else ("object", id(value))
+
+
 def _within(dataset: Any, where: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """A dataset and those that it is made of, with the expression that leads to each."""
     if id(dataset) in seen or not hasattr(dataset, "__dict__"):
@@ -123,14 +131,14 @@ def _within(dataset: Any, where: str, seen: set[int]) -> Iterator[tuple[str, Any
     seen.add(id(dataset))
     yield where, dataset
     for key, value in vars(dataset).items():
-        if isinstance(value, Dataset):
-            yield from _within(value, f"{where}.{key}", seen)
-        elif isinstance(value, list | tuple | dict) and value:
-            inner: dict[Any, Any] = value if isinstance(value, dict) else {0: value[0]}
-            if isinstance(next(iter(inner.values())), Dataset):
-                inner = value if isinstance(value, dict) else dict(enumerate(value))
-                for at, part in inner.items():
-                    yield from _within(part, f"{where}.{key}[{at!r}]", seen)
+        inside: Any = value.items() if isinstance(value, dict) else ()
+        if isinstance(value, list | tuple):
+            inside = enumerate(value)
+        parts = ((f"{where}.{key}[{at!r}]", part) for at, part in islice(inside, _MAX_PARTS))
+        found = [(f"{where}.{key}", value), *parts]
+        for name, inner in found:
+            if is_map_style(inner) and not isinstance(inner, Tensor | type):
+                yield from _within(inner, name, seen)
 
 
 def _list_digest(value: Any) -> str:

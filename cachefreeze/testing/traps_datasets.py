@@ -302,7 +302,7 @@ def _pseudo_labels_in_place(made: DataLoader[Any], epoch: int) -> None:
     dataset.targets.add_(epoch).remainder_(3)
 
 
-@table(between=_set_epoch, refused=r"inputs of sample 0 .*dataset\.epoch was set")
+@table(between=_set_epoch, refused=r"inputs of sample 0 .*set since: dataset\.epoch\)")
 def curriculum() -> DataLoader[Any]:
     """``dataset.epoch`` is set before each epoch and changes the samples."""
     return loader(Staged())

@@ -105,6 +105,17 @@ def string_keys() -> DataLoader[Any]:
     return loader(Named(pair), shuffle=None, sampler=list(names))
 
 
+@table(refused="sample '3': expected an index")
+def numerals() -> DataLoader[Any]:
+    """Samples are known by strings that look like indices, and are others."""
+
+    class Named(Items):
+        def __getitem__(self, key: Any) -> Any:
+            return self.item(COUNT - 1 - int(key))
+
+    return loader(Named(pair), shuffle=None, sampler=list("3571"))
+
+
 @table(refused=r"sample \(0, 1\): expected an index")
 def tuple_keys() -> DataLoader[Any]:
     """The sampler hands over an index and a size (multi-scale training)."""
