@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from cachefreeze.manager import CacheManager, next_name
 from cachefreeze.measuring import measure
 from cachefreeze.moves import Costs, Move, best_path, staying
 from cachefreeze.rows import autocast, forward_arguments, model_device
-from cachefreeze.samples import View
+from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule
 from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.staging import Staging
@@ -156,7 +157,7 @@ class Engine:
                 "view= says what to cache, and store='off' caches nothing; give the DataLoader that dataset"
             )
         if self._store == "off" and self._staging is None:
-            return self._uncached(dataloader)
+            return self._uncached(dataloader, inputs)
         seen = View.of(
             dataloader,
             forward_arguments(self.model),
@@ -404,8 +405,15 @@ class Engine:
         self._below.drop()
         self._below = None
 
-    def _uncached(self, dataloader: DataLoader[Any]) -> PassingLoader:
+    def _uncached(self, dataloader: DataLoader[Any], inputs: Inputs) -> PassingLoader:
+        device = model_device(self.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the order of use only names the boundary in reports here
-            self.boundary = boundary_of(self.model, trace_usage(self.model))
-        return PassingLoader(dataloader, model_device(self.model), "live" if self.boundary is None else "frozen")
+            usage = trace_usage(self.model)
+        if usage.source == "registration":  # a guess: samples show the order, where they can be given to the model
+            with suppress(Exception):  # what is not cached may be any data, and any model
+                usage = record_usage(
+                    self.model, example_of(dataloader, forward_arguments(self.model), inputs).to(device)
+                )
+        self.boundary = boundary_of(self.model, usage)
+        return PassingLoader(dataloader, device, "live" if self.boundary is None else "frozen")

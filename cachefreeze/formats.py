@@ -56,8 +56,8 @@ class RowFormat(ABC):
         """The raw batch of a dataset's items."""
 
     @abstractmethod
-    def example(self, raw: Any) -> Example:
-        """The model's inputs within a raw batch."""
+    def example(self, rows: Sequence[int], raw: Any) -> Example:
+        """The model's inputs within the raw batch of ``rows``."""
 
     @abstractmethod
     def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -123,13 +123,21 @@ class UniformRows(RowFormat):
         """The user's batch."""
         return self.view.collate_fn(samples)
 
-    def example(self, raw: Any) -> Example:
+    def example(self, rows: Sequence[int], raw: Any) -> Example:
         """Of the user's batch.
 
         Raises:
-            LoaderError: Its samples have another shape than the others.
+            LoaderError: It lacks samples or has too many, or its samples have another shape than the others.
         """
         example = self.view.layout.example(raw)
+        tensors = [leaf for leaf in input_leaves(example) if isinstance(leaf, Tensor)]
+        counts = {len(tensor) for tensor in (*tensors, *self.view.layout.field_tensors(raw))}
+        if counts != {len(rows)}:
+            raise LoaderError(
+                f"the collate function made {' and '.join(map(str, sorted(counts)))} rows of the {len(rows)} samples "
+                f"{list(rows)}, so no row belongs to a sample. Leave out samples that cannot be read in the dataset or "
+                "the sampler, and repeat none in the collate function"
+            )
         if _shapes(example) != self._shapes:
             raise LoaderError(
                 f"a batch has inputs of shapes {_shapes(example)} for each sample, the samples that were looked at "
@@ -201,7 +209,7 @@ class RaggedRows(RowFormat):
         data = [self._samples.codec.encode(sample) for sample in samples]
         return data, self._samples.batch(data)
 
-    def example(self, raw: Any) -> Example:
+    def example(self, rows: Sequence[int], raw: Any) -> Example:
         """Of the user's batch."""
         return self.view.layout.example(raw[1])
 

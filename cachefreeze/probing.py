@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from cachefreeze.batches import leaves_of
-from cachefreeze.errors import BatchDependentError, RandomSampleError
+from cachefreeze.errors import BatchDependentError, LoaderError, RandomSampleError
 from cachefreeze.fingerprint import digest
+from cachefreeze.generators import generators_of, preserved_generators, state_of
 from cachefreeze.isolation import RandomState, preserved_random_state
 from cachefreeze.ragged import evenly
 
@@ -23,46 +25,81 @@ _COLLATED = 5
 def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
     """Refuse a dataset or a collate function that is random.
 
-    A random transform shows itself by moving a random state, also when the draw changed nothing; two differing
-    draws catch generators of its own. Drawing twice alone misses rare transforms.
+    A random transform shows itself by moving a random state, the global ones or that of a generator of its own, also
+    when the draw changed nothing; two differing draws catch fresh generators. Drawing twice alone misses rare
+    transforms.
 
     Raises:
         RandomSampleError: With a line to paste.
         BatchDependentError: The collate function mixes samples.
+        LoaderError: The collate function fails on some samples.
     """
     count = len(dataset)
     some = sorted({0, count // 2, count - 1})
-    with preserved_random_state():
+    with preserved_random_state(), preserved_generators(dataset, collate):
         for index in some:
-            before = RandomState.capture()
-            first = dataset[index]
-            moved = before.moved()
-            second = dataset[index]
-            if moved or digest(first) != digest(second):
-                how = f"draws from {', '.join(moved)}" if moved else "returns something else every time"
+            drawn, equal = _drawn_twice(partial(dataset.__getitem__, index), dataset, "dataset")
+            if drawn or not equal:
+                how = f"draws from {', '.join(drawn)}" if drawn else "returns something else every time"
                 raise RandomSampleError(
                     f"dataset[{index}] {how}, so no single row stands for the sample. Cache a deterministic view: "
                     f"{view_line(dataset)}; or pass assume_deterministic=True if the draw changes nothing"
                 )
         items = [dataset[index] for index in evenly(count, _COLLATED)]
-        before = RandomState.capture()
-        together = collate(copy.deepcopy(items))
-        moved = before.moved()
-        again = collate(copy.deepcopy(items))
-        if moved or digest(together) != digest(again):
+        drawn, equal = _drawn_twice(partial(_copied, collate, *items), collate, "collate_fn")
+        if drawn or not equal:
+            how = f", it draws from {', '.join(drawn)}" if drawn else ""
             raise RandomSampleError(
-                "the collate function is random (CutMix, MixUp, masking?), so no single row stands for a sample. Give "
-                "the loader a deterministic collate_fn and mix in the training loop; or pass assume_deterministic=True"
+                f"the collate function is random (CutMix, MixUp, masking?){how}, so no single row stands for a sample. "
+                "Give the loader a deterministic collate_fn and mix in the training loop; or pass "
+                "assume_deterministic=True"
             )
         _check_rows_of(collate, items)
         _check_rows_of(collate, items[::-1])  # a batch that is sorted would come in the order of one of the two
 
 
+def _drawn_twice(draw: Callable[[], Any], owner: Any, name: str) -> tuple[list[str], bool]:
+    """The random states that two equal draws moved, and whether both gave the same.
+
+    A global state counts when the first draw moves it, a generator of the owner's own when the second does: one that is
+    seeded by the sample's index stands where it stood.
+    """
+    before = RandomState.capture()
+    first = digest(draw())
+    moved = before.moved()
+    own = generators_of(owner, name)  # some are made on the first draw
+    states = [state_of(generator) for _, generator in own]
+    second = digest(draw())
+    moved += [where for (where, generator), state in zip(own, states, strict=True) if state_of(generator) != state]
+    return moved, first == second
+
+
+def collated(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    """What a collate function makes of some items.
+
+    Raises:
+        LoaderError: It fails, perhaps since the loader's own batches never are what they are here.
+    """
+    try:
+        return collate(items)
+    except Exception as error:  # the user's function may raise anything
+        raise LoaderError(
+            f"the collate function fails on a batch of {len(items)} samples ({type(error).__name__}: {error}). A row "
+            "belongs to every sample and is made beside any others, or alone, so each must come through: leave out "
+            "samples that cannot be read in the dataset or the sampler"
+        ) from error
+
+
+def _copied(collate: Callable[[list[Any]], Any], *items: Any) -> Any:
+    """A batch of copies: collate functions take items apart."""
+    return collated(collate, [copy.deepcopy(item) for item in items])
+
+
 def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> None:
     """Row *i* of a batch must be item *i*, whatever the others are."""
-    together = leaves_of(collate(copy.deepcopy(items)))
+    together = leaves_of(_copied(collate, *items))
     for position, item in enumerate(items):
-        alone = leaves_of(collate([copy.deepcopy(item), copy.deepcopy(item)]))
+        alone = leaves_of(_copied(collate, item, item))
         for one, many in zip(alone, together, strict=False):
             rows = isinstance(one, Tensor) and isinstance(many, Tensor) and one.dim() and many.dim()
             if rows and (len(one), len(many)) == (2, len(items)) and not _same_row(one[0], many[position]):

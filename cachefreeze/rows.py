@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cachefreeze.errors import CorruptRowError, StaleCacheError, UsageError
+from cachefreeze.errors import CorruptRowError, LoaderError, StaleCacheError, StoreError, UsageError
 from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
 from cachefreeze.formats import format_of
 from cachefreeze.isolation import preserved_random_state
@@ -26,6 +27,7 @@ from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.stores import Store, StoreSpec
 from cachefreeze.stores.opening import Wanted, open_store
 from cachefreeze.tracing import Example
+from cachefreeze.watching import SampleWatch
 
 # Stored rows that are recomputed and compared whenever an existing store is opened.
 _RECOMPUTED_ROWS = 4
@@ -140,6 +142,7 @@ class StoredRows:
             attributes=attributes,
             device=prefix.device,
         )
+        self._watch = SampleWatch(view)
         self.store = open_store(where, wanted)
         # whether it is new, or was left empty by somebody who is not writing it
         self.made = self.store.writable and self.store.count == 0
@@ -150,12 +153,28 @@ class StoredRows:
     # --- the loader's row source ---
 
     def check(self) -> None:
-        """Raise if stored rows would be stale: a prefix weight or buffer changed, or was thawed."""
+        """Raise if stored rows would be stale: a prefix weight or buffer changed or was thawed, or the data changed."""
         self.prefix.check()
+        self._watch.check(self.name)
 
     def absent(self, rows: Sequence[int]) -> list[int]:
-        """Which of ``rows`` are not stored, each once, in order."""
-        present = self.store.present(index_of(rows)).tolist()
+        """Which of ``rows`` are not stored, each once, in order.
+
+        Raises:
+            LoaderError: They are not indices of samples.
+        """
+        asked = index_of(rows)
+        try:
+            present = self.store.present(asked).tolist()
+        except StoreError as error:
+            beyond = [row for row in asked.tolist() if not 0 <= row < self.spec.rows]
+            if not beyond:
+                raise
+            raise LoaderError(
+                f"the sampler asked for sample {beyond[0]} of a dataset of {self.spec.rows}: expected 0 to "
+                f"{self.spec.rows - 1}, since a row belongs to one index; correct the sampler, or make the loader "
+                "after the dataset has grown"
+            ) from error
         if all(present):
             return []
         return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
@@ -267,7 +286,7 @@ class StoredRows:
         return computed
 
     def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
-        tensors = self.prefix.run(self.format.example(raw), len(rows))
+        tensors = self.prefix.run(self.format.example(rows, raw), len(rows))
         return Computed(tuple(rows), self.format.encode(rows, raw, tensors))
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
@@ -322,8 +341,22 @@ class StoredRows:
 
 
 def index_of(rows: Sequence[int]) -> Tensor:
-    """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list."""
-    return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
+    """Row indices as the store takes them; a third of what ``torch.as_tensor`` costs on a list.
+
+    Raises:
+        LoaderError: They are keys, or more than an index: what a sampler yields is of one kind, so the first shows it.
+    """
+    try:
+        if len(rows):
+            operator.index(rows[0])  # numpy would make an integer of '7' and of 1.5
+        return torch.from_numpy(np.fromiter(rows, np.int64, len(rows)))
+    except (TypeError, ValueError) as error:
+        key = next((row for row in rows if not hasattr(row, "__index__")), rows[0])
+        raise LoaderError(
+            f"the sampler asked for sample {key!r}: expected an index, 0 to len(dataset) - 1, since a row belongs to "
+            "one index and to nothing beside it; map keys to indices in the dataset, and change samples (their size, "
+            "say) behind the boundary or not at all"
+        ) from error
 
 
 def _own_shape(tensor: BoundaryTensor) -> tuple[int | str, ...]:

@@ -16,9 +16,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from cachefreeze.batches import BatchLayout, Inputs
 from cachefreeze.errors import BatchDependentError, UsageError
 from cachefreeze.fingerprint import digest
+from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.padding import Padded
-from cachefreeze.probing import check_deterministic
+from cachefreeze.probing import check_deterministic, collated
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.tracing import Example
 
@@ -32,12 +33,14 @@ class View:
         collate_fn: The user's collate function.
         layout: The fields of a batch.
         ragged: How long each sample is, where samples have different lengths.
+        source: The loader's own dataset; another one under ``view=``.
     """
 
     dataset: Any
     collate_fn: Callable[[list[Any]], Any]
     layout: BatchLayout
     ragged: RaggedSamples | None = None
+    source: Any = None
 
     @classmethod
     def of(
@@ -70,9 +73,9 @@ class View:
         padded |= varying(lambda index: collate_samples(dataset, collate, [index]), layout, len(dataset))
         if padded:
             samples = measure(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset), padded)
-            made = cls(dataset, collate, layout, samples)
+            made = cls(dataset, collate, layout, samples, dataloader.dataset)
         else:
-            made = cls(dataset, collate, BatchLayout(batch, inputs, arguments))
+            made = cls(dataset, collate, BatchLayout(batch, inputs, arguments), source=dataloader.dataset)
         check_batch_dims(made)
         return made
 
@@ -134,6 +137,15 @@ class View:
 _DIGESTED = 8
 
 
+def example_of(dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs) -> Example:
+    """A few samples as the model's inputs, of a loader that is not cached. Random states are as before afterwards."""
+    dataset: Any = dataloader.dataset
+    collate: Any = dataloader.collate_fn
+    with preserved_random_state(), preserved_generators(dataset, collate):
+        batch = collate_samples(dataset, collate, _first(dataset))
+    return BatchLayout(batch, inputs, arguments, stored=False).example(batch)
+
+
 def _first(dataset: Any) -> list[int]:
     count = len(dataset)
     return [0, 1 % count, 2 % count]
@@ -141,7 +153,7 @@ def _first(dataset: Any) -> list[int]:
 
 def collate_samples(dataset: Any, collate: Callable[[list[Any]], Any], indices: Sequence[int]) -> Any:
     """What a DataLoader's fetcher does for one batch of indices."""
-    return collate(fetch_samples(dataset, indices))
+    return collated(collate, fetch_samples(dataset, indices))
 
 
 def fetch_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:

@@ -13,7 +13,7 @@ from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
-from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.isolation import eval_mode, preserved_buffers, preserved_random_state, preserved_state
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.costs import blocks
@@ -126,7 +126,8 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
     reasons = []
     for executor in _EXECUTORS:
         try:
-            cut = executor.cut(site, example)
+            with preserved_buffers(site.model.modules()):  # a frozen module may write one even in eval mode
+                cut = executor.cut(site, example)
             verify(cut, site, example)
             check_reads(site, example)
         except SplitError as error:
@@ -155,7 +156,8 @@ def split_padded(
     """
     site, example = _located(model, batches[0][0].example, None)
     executor = ReplayExecutor()
-    cut = executor.cut(site, example, batches[1][0].example)
+    with preserved_buffers(site.model.modules()):
+        cut = executor.cut(site, example, batches[1][0].example)
     verify(cut, site, example)
     verify_padded(cut, site, batches)
     return _parts(cut, site, example, executor.name, inputs)

@@ -6,6 +6,7 @@ optimizer in train mode: outputs, gradients, buffers, weights and random draws.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from functools import partial
@@ -115,7 +116,7 @@ def _steps(
     forwards: list[tuple[nn.Module, Callable[[], Any]]] = [(whole, lambda: batch.fresh().call(whole)), (other, suffix)]
     for model, forward in forwards:
         _seed(len(where) + batch.batch)
-        output = forward()
+        output = opened(forward())
         if train:
             _step(model, output)
         state = state_of(model)
@@ -154,6 +155,13 @@ def _rows_alone(parts: Parts, inputs: Example) -> None:
         for spec, rows, row in zip(parts.boundary.tensors, together, alone, strict=True):
             one, own = rows.select(spec.batch_dim, sample), row.select(spec.batch_dim, 1)
             assert_equal(f"row of sample {sample}", one, own, _ACROSS_BATCHES)
+
+
+def opened(output: Any) -> Any:
+    """A dataclass as its class and its fields, which torch's pytrees do not look into; all else as it is."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return type(output).__name__, {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return output
 
 
 def detached(tree: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,6 +84,21 @@ def early_return(self: Any, x: Tensor, features: bool = False) -> Any:
     if features:
         return y
     return self.head(self.mid(y))
+
+
+@dataclass
+class Output:
+    """What a model of the user's own returns."""
+
+    logits: Tensor
+    features: Tensor
+
+
+@table("mid", mid=linear())
+def dataclass_output(self: Any, x: Tensor) -> Any:
+    """The output is a dataclass that pytrees do not know."""
+    y = self.mid(self.stem(x))
+    return Output(self.head(y), y)
 
 
 @table("mid", mid=linear())

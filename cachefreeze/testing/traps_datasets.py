@@ -241,6 +241,22 @@ def fresh_generator() -> DataLoader[Any]:
     return loader(Items(lambda i: (torch.as_tensor(np.random.default_rng().normal(size=WIDTH)), i % 3)))
 
 
+@table(refused=r"draws from dataset\.rng")
+def rare_flip_of_its_own_generator() -> DataLoader[Any]:
+    """A rare flip from a generator that the dataset keeps: two draws show nothing."""
+
+    class Own(Items):
+        def __init__(self) -> None:
+            super().__init__(pair)
+            self.rng = np.random.default_rng(1)
+
+        def __getitem__(self, index: int) -> Any:
+            x, y = self.item(index)
+            return (x.flip(0) if self.rng.random() < 0.1 else x), y
+
+    return loader(Own())
+
+
 @table(refused="something else every time")
 def clock() -> DataLoader[Any]:
     """Samples depend on the time."""
@@ -259,6 +275,51 @@ def counting() -> DataLoader[Any]:
     return loader(Items(item))
 
 
+class Staged(Items):
+    """A dataset with an epoch, a transform and labels that a user changes between passes."""
+
+    def __init__(self) -> None:
+        super().__init__(pair)
+        self.epoch = 0
+        self.targets = labels()
+
+    def __getitem__(self, index: int) -> Any:
+        return values()[index] * (1 + self.epoch), self.targets[index]
+
+
+def _set_epoch(made: DataLoader[Any], epoch: int) -> None:
+    dataset: Any = made.dataset
+    dataset.epoch = epoch
+
+
+def _pseudo_labels(made: DataLoader[Any], epoch: int) -> None:
+    dataset: Any = made.dataset
+    dataset.targets = (dataset.targets + epoch) % 3
+
+
+def _pseudo_labels_in_place(made: DataLoader[Any], epoch: int) -> None:
+    dataset: Any = made.dataset
+    dataset.targets.add_(epoch).remainder_(3)
+
+
+@table(between=_set_epoch, refused=r"inputs of sample 0 .*set since: dataset\.epoch\)")
+def curriculum() -> DataLoader[Any]:
+    """``dataset.epoch`` is set before each epoch and changes the samples."""
+    return loader(Staged())
+
+
+@table(between=_pseudo_labels, refused=r"dataset\.targets is not what it was")
+def pseudo_labels() -> DataLoader[Any]:
+    """Labels are replaced between the epochs."""
+    return loader(Staged())
+
+
+@table(between=_pseudo_labels_in_place, refused=r"dataset\.targets is not what it was")
+def pseudo_labels_in_place() -> DataLoader[Any]:
+    """Labels are written between the epochs."""
+    return loader(Staged())
+
+
 class Growing(Items):
     """A dataset that grows."""
 
@@ -271,7 +332,7 @@ def _grow(made: DataLoader[Any], epoch: int) -> None:
     dataset.count = COUNT + 4 * epoch
 
 
-@table(between=_grow, refused="rows must lie in 0..13, got")
+@table(between=_grow, refused="there are 18 samples, there were 14")
 def growing() -> DataLoader[Any]:
     """The dataset is longer in the second epoch."""
     return loader(Growing())

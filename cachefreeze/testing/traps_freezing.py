@@ -61,6 +61,12 @@ def only_late_biases(self: Any, x: Tensor) -> Any:
     return self.head(self.mid(self.stem(x)).relu())
 
 
+@table("", inputs=sequences, mid=linear(), norm=lambda: nn.LayerNorm(6), setup=train_only("norm.*"))
+def only_a_norm(self: Any, x: Tensor) -> Any:
+    """A norm in the middle is all that trains."""
+    return self.head(self.mid(self.norm(self.stem(x))).relu())
+
+
 @table("", inputs=tokens, stem=lambda: nn.Embedding(11, 6), mid=linear(), setup=train_only("stem.*", "head.*"),
        refused="frozen")  # fmt: skip
 def trainable_input_embedding(self: Any, ids: Tensor) -> Any:

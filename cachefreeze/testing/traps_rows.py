@@ -107,6 +107,14 @@ def doubled_batch(self: Any, x: Tensor) -> Any:
 
 
 @table("mid", inputs=sequences, mid=linear())
+def frames_through_the_stem(self: Any, x: Tensor) -> Any:
+    """Frames are folded into the batch for the frozen part: a sample owns five neighbouring rows."""
+    y = self.stem(x.flatten(0, 1)).relu()
+    z = self.mid(y).view(x.shape[0], 5, 6)
+    return self.head(z.mean(1))
+
+
+@table("mid", inputs=sequences, mid=linear())
 def frames_unfolded(self: Any, x: Tensor) -> Any:
     """Frames are folded into the batch for the frozen part and unfolded before the boundary."""
     y = self.stem(x.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
@@ -118,6 +126,13 @@ def frames_time_major(self: Any, x: Tensor) -> Any:
     """Time-major frames are folded into the batch for the frozen part: a sample's rows are apart."""
     y = self.stem(x.transpose(0, 1).flatten(0, 1))
     return self.head(self.mid(y).view(5, x.shape[0], 6).mean(0))
+
+
+@table("mid", mid=linear())
+def repeated_batch(self: Any, x: Tensor) -> Any:
+    """Every sample is repeated side by side for the frozen part (test-time augmentation)."""
+    y = self.stem(x.repeat_interleave(2, 0))
+    return self.head(self.mid(y)).view(-1, 2, 2).mean(1)
 
 
 @table("mid", mid=linear(), refused="other samples of its batch")

@@ -47,7 +47,7 @@ def sampler_of_tensors() -> DataLoader[Any]:
     return loader(Items(pair), shuffle=None, sampler=list(torch.arange(COUNT).flip(0)))
 
 
-@table(refused="rows must lie in 0..13, got -14..")
+@table(refused="asked for sample -14 of a dataset of 14")
 def negative_indices() -> DataLoader[Any]:
     """A sampler counts from the end."""
     return loader(Items(pair), shuffle=None, sampler=list(range(-COUNT, 0)))
@@ -93,7 +93,43 @@ def one_shot_batches() -> DataLoader[Any]:
     return DataLoader(Items(pair), batch_sampler=[[3, 1], [0, 2, 5], [4, 4]])
 
 
-@table(refused="rows must lie in 0..13, got")
+@table(refused="sample 's0': expected an index")
+def string_keys() -> DataLoader[Any]:
+    """Samples are known by strings."""
+    names = {f"s{i}": i for i in range(COUNT)}
+
+    class Named(Items):
+        def __getitem__(self, key: Any) -> Any:
+            return self.item(names[key] if isinstance(key, str) else key)
+
+    return loader(Named(pair), shuffle=None, sampler=list(names))
+
+
+@table(refused="sample '3': expected an index")
+def numerals() -> DataLoader[Any]:
+    """Samples are known by strings that look like indices, and are others."""
+
+    class Named(Items):
+        def __getitem__(self, key: Any) -> Any:
+            return self.item(COUNT - 1 - int(key))
+
+    return loader(Named(pair), shuffle=None, sampler=list("3571"))
+
+
+@table(refused=r"sample \(0, 1\): expected an index")
+def tuple_keys() -> DataLoader[Any]:
+    """The sampler hands over an index and a size (multi-scale training)."""
+
+    class Scaled(Items):
+        def __getitem__(self, key: Any) -> Any:
+            index, scale = key if isinstance(key, tuple) else (key, 1)
+            x, y = self.item(index)
+            return x * scale, y
+
+    return loader(Scaled(pair), shuffle=None, sampler=[(i, 1 + i % 2) for i in range(COUNT)])
+
+
+@table(refused="asked for sample 14 of a dataset of 14")
 def index_beyond_the_end() -> DataLoader[Any]:
     """A sampler reaches beyond the dataset's length."""
     return loader(Items(lambda i: (values(40)[i], i % 3)), shuffle=None, sampler=range(20))
@@ -114,6 +150,23 @@ def collate_sorts() -> DataLoader[Any]:
 
     ordered = values()[values()[:, 0].argsort(descending=True)]
     return loader(Items(lambda i: (ordered[i], i % 3)), collate_fn=collate)
+
+
+def _readable(samples: list[Any]) -> Any:
+    """Leaves out samples that could not be read."""
+    return default_collate([s for s in samples if s is not None])
+
+
+@table(refused="fails on a batch of 1 samples")
+def collate_drops() -> DataLoader[Any]:
+    """The collate function leaves out a sample that could not be read, which the probe meets."""
+    return loader(Items(lambda i: None if i == 9 else pair(i)), collate_fn=_readable)
+
+
+@table(refused=r"made 3 rows of the 4 samples \[.*9.*\]")
+def collate_drops_late() -> DataLoader[Any]:
+    """The same, where no probe meets that sample."""
+    return loader(Items(lambda i: None if i == 9 else (values(40)[i], i % 3), 40), collate_fn=_readable)
 
 
 @table(refused="belongs to the batch|samples|rows")

@@ -1,0 +1,112 @@
+"""Random generators that a dataset keeps for itself: no global state shows that they were drawn from."""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefreeze.fingerprint import digest
+
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# A walk this deep has left what a dataset or transform is made of.
+_MAX_DEPTH = 8
+# Of a long list of like items (file names, labels) the first are looked into.
+_MAX_ITEMS = 64
+_CONTENT = (str, bytes, int, float, complex, Tensor, np.ndarray, type, types.ModuleType, types.BuiltinFunctionType)
+
+
+def generators_of(value: Any, name: str) -> list[tuple[str, Any]]:
+    """The generators within an object, and where: in its attributes, transforms, containers and closures."""
+    found: list[tuple[str, Any]] = []
+    _walk(found, value, name, 0, set())
+    return found
+
+
+def state_of(generator: Any) -> str:
+    """Equal for equal states of one generator."""
+    return digest(_get(generator))
+
+
+@contextmanager
+def preserved_generators(*values: Any) -> Iterator[None]:
+    """Whatever is drawn inside from the generators within some objects, their states are as before on exit."""
+    found = [generator for value in values for _, generator in generators_of(value, "")]
+    states = [_get(generator) for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in zip(found, states, strict=True):
+            _set(generator, state)
+
+
+def _get(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _set(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def _walk(found: list[tuple[str, Any]], value: Any, name: str, depth: int, seen: set[int]) -> None:
+    if depth > _MAX_DEPTH or value is None or isinstance(value, _CONTENT) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, _KINDS):
+        if not isinstance(value, random.SystemRandom):  # which has no state
+            found.append((name, value))
+        return
+    for part, inner in _parts(value):
+        _walk(found, inner, f"{name}{part}", depth + 1, seen)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", inner) for key, inner in islice(value.items(), _MAX_ITEMS))
+    elif isinstance(value, list | tuple):
+        yield from ((f"[{i}]", inner) for i, inner in enumerate(value[:_MAX_ITEMS]))
+    elif isinstance(value, functools.partial):
+        yield from (("", value.func), ("", value.args), ("", value.keywords))
+    elif isinstance(value, types.MethodType):
+        yield from (("", value.__self__), ("", value.__func__))
+    elif isinstance(value, types.FunctionType):
+        yield from ((f" ({variable})", inner) for variable, inner in _variables(value))
+    else:
+        yield from ((f".{key}", inner) for key, inner in islice(getattr(value, "__dict__", {}).items(), _MAX_ITEMS))
+        slots = getattr(type(value), "__slots__", ())
+        for key in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, key):
+                yield f".{key}", getattr(value, key)
+        for method in ("__getitem__", "__call__"):
+            yield "", getattr(type(value), method, None)
+
+
+def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function closes over, and the generators among its globals."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not bound yet
+            yield name, cell.cell_contents
+    for name in function.__code__.co_names:
+        if isinstance(function.__globals__.get(name), _KINDS):
+            yield name, function.__globals__[name]
