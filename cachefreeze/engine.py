@@ -166,10 +166,10 @@ class Engine:
             padded=frozenset() if self.parts is None else self.parts.padded,
         )
         if self._staging is not None:
-            if seen.ragged is not None and self._store != "off":
+            if (seen.ragged or seen.listed) is not None and self._store != "off":
                 raise UsageError(
-                    "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
-                    "one length in the collate function, or use store='off'"
+                    "samples of different lengths, or that are only listed, are not cached under a schedule, whose "
+                    "boundary moves; pad them to one length in the collate function, or use store='off'"
                 )
             self._staging.read(seen.example().to(model_device(self.model)))
             name = name if name is not None else next_name(followed.name for followed in self._followed)
@@ -298,7 +298,7 @@ class Engine:
                 f"{rows.mode.autocast}; make the engine with autocast={ambient.autocast}, or train without"
             )
         self._refuse_beside_rows(args, kwargs)
-        return self.parts.suffix(*rows.tensors)
+        return self.parts.suffix(*rows.tensors, *rows.lists)
 
     def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows stand for all that the model was given when it was split: nothing else would reach the suffix."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from cachefreeze.batches import leaves_of
+from cachefreeze.batches import leaves_of, lists_samples
 from cachefreeze.errors import BatchDependentError, RandomSampleError
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState, preserved_random_state
@@ -60,17 +60,32 @@ def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> No
 
 def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> None:
     """Row *i* of a batch must be item *i*, whatever the others are."""
-    together = leaves_of(collate(copy.deepcopy(items)))
+    batch = collate(copy.deepcopy(items))
+    together = leaves_of(batch)
     for position, item in enumerate(items):
-        alone = leaves_of(collate([copy.deepcopy(item), copy.deepcopy(item)]))
+        pair = collate([copy.deepcopy(item), copy.deepcopy(item)])
+        if lists_samples(batch, len(items)) and lists_samples(pair, 2):
+            if digest(_entries(batch, position)) != digest(_entries(pair, 0)):
+                _refuse_mixing()
+            continue
+        alone = leaves_of(pair)
         for one, many in zip(alone, together, strict=False):
             rows = isinstance(one, Tensor) and isinstance(many, Tensor) and one.dim() and many.dim()
             if rows and (len(one), len(many)) == (2, len(items)) and not _same_row(one[0], many[position]):
-                raise BatchDependentError(
-                    "the collate function makes a sample depend on the others of its batch, or does not keep their "
-                    "order, so no single row stands for it. Give the loader a collate_fn that only stacks or pads, and "
-                    "mix or sort in the training loop"
-                )
+                _refuse_mixing()
+
+
+def _entries(batch: Any, position: int) -> list[Any]:
+    """What lists with one entry a sample have for one sample."""
+    return [entries[position] for entries in (batch.values() if isinstance(batch, Mapping) else batch)]
+
+
+def _refuse_mixing() -> NoReturn:
+    raise BatchDependentError(
+        "the collate function makes a sample depend on the others of its batch, or does not keep their order, so no "
+        "single row stands for it. Give the loader a collate_fn that only stacks or pads, and mix or sort in the "
+        "training loop"
+    )
 
 
 def view_line(dataset: Any) -> str:
