@@ -227,8 +227,13 @@ def test_rows_that_depend_on_the_other_images_of_a_batch_are_refused():
     model.looks = False
     assert cf.split(model, inputs(), train_from="layer").boundary.bytes_per_sample == 4 * 16 * 16 * 4
     model.mixes = True
-    with pytest.raises((BatchDependentError, SplitError), match="depends on the other samples of its batch"):
-        cf.split(model, inputs(), train_from="layer")
+    images, targets = inputs()
+    equal = [images[0]] * 3
+    before = images[0].clone()
+    for given in (images, equal):
+        with pytest.raises((BatchDependentError, SplitError), match="depends on the other samples of its batch"):
+            cf.split(model, (given, targets), train_from="layer")
+    assert torch.equal(images[0], before)
 
 
 class Summing(torch.nn.Module):
