@@ -166,10 +166,15 @@ class Engine:
             padded=frozenset() if self.parts is None else self.parts.padded,
         )
         if self._staging is not None:
-            if (seen.ragged or seen.listed) is not None and self._store != "off":
+            if seen.listed is not None and self._store != "off":
                 raise UsageError(
-                    "samples of different lengths, or that are only listed, are not cached under a schedule, whose "
-                    "boundary moves; pad them to one length in the collate function, or use store='off'"
+                    "samples that a collate function only lists (of a detector) are not cached under a schedule, whose "
+                    "boundary moves; freeze for the whole run with cf.freeze, or use store='off'"
+                )
+            if seen.ragged is not None and self._store != "off":
+                raise UsageError(
+                    "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
+                    "one length in the collate function, or use store='off'"
                 )
             self._staging.read(seen.example().to(model_device(self.model)))
             name = name if name is not None else next_name(followed.name for followed in self._followed)

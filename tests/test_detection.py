@@ -302,5 +302,5 @@ def test_one_engine_takes_lists_or_tensors(trained):
 def test_a_schedule_refuses_lists():
     """The boundary of a schedule moves, and rows of a detector go with the lists of their batch."""
     engine = cf.Engine(ssdlite(), "host", schedule=cf.FreezeOut())
-    with pytest.raises(UsageError, match="only listed"):
+    with pytest.raises(UsageError, match="a collate function only lists"):
         engine.loader(DataLoader(Photos(), 2, collate_fn=listed), inputs=(0, 1))
