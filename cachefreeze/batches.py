@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import FieldError
+from cachefreeze.listed import SampleLists
 from cachefreeze.tracing import Example
 
 Inputs = int | str | Sequence[int] | Sequence[str] | None
@@ -28,7 +29,9 @@ class BatchLayout:
     tensors. The consumed elements are elements of the outermost container.
     """
 
-    def __init__(self, batch: Any, inputs: Inputs, arguments: Sequence[str], *, stored: bool = True) -> None:
+    def __init__(
+        self, batch: Any, inputs: Inputs, arguments: Sequence[str], *, stored: bool = True, listed: bool = False
+    ) -> None:
         """Read the layout from one collated batch.
 
         Args:
@@ -37,9 +40,11 @@ class BatchLayout:
                 the keys that are arguments of the model's forward.
             arguments: Names of the arguments of the model's forward.
             stored: Whether what is not consumed has to be stored, so that it must be tensors; else it is anything.
+            listed: Whether the batch is made of lists with one entry a sample.
         """
         names, elements, self._container = _elements(batch)
         self._names = names
+        self._kind = SampleLists if listed else Example
         self.consumed = _consumed(batch, names, inputs, arguments)
         self.keywords = isinstance(batch, Mapping) and all(name in arguments for name in self.consumed)
         given = dict(zip(names, elements, strict=True))
@@ -74,8 +79,14 @@ class BatchLayout:
         found = dict(zip(names, elements, strict=True))
         picked = [found[name] for name in self.consumed]
         if self.keywords:
-            return Example((), dict(zip(self.consumed, picked, strict=True)))
-        return Example(tuple(picked), {})
+            return self._kind((), dict(zip(self.consumed, picked, strict=True)))
+        return self._kind(tuple(picked), {})
+
+    def lists(self, batch: Any) -> SampleLists:
+        """The model's inputs within a batch of lists."""
+        example = self.example(batch)
+        assert isinstance(example, SampleLists)
+        return example
 
     def field_tensors(self, batch: Any) -> list[Tensor]:
         """The stored fields within a batch, in the order of :attr:`field_names`."""
@@ -101,6 +112,14 @@ class BatchLayout:
             return _mapping_like(batch, {name: swap(batch[name]) for name in self.consumed})
         names, elements, container = _elements(batch)
         return container([swap(e) if name in self.consumed else e for name, e in zip(names, elements, strict=True)])
+
+
+def lists_samples(batch: Any, count: int) -> bool:
+    """Whether a batch of ``count`` samples is nothing but lists with one entry a sample."""
+    if not isinstance(batch, Mapping | tuple | list):
+        return False
+    _, elements, _ = _elements(batch)
+    return bool(elements) and all(isinstance(e, list | tuple) and len(e) == count for e in elements)
 
 
 def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:

@@ -167,6 +167,11 @@ class Engine:
             padded=frozenset() if self.parts is None else self.parts.padded,
         )
         if self._staging is not None:
+            if seen.listed is not None and self._store != "off":
+                raise UsageError(
+                    "samples that a collate function only lists (of a detector) are not cached under a schedule, whose "
+                    "boundary moves; freeze for the whole run with cf.freeze, or use store='off'"
+                )
             if seen.ragged is not None and self._store != "off":
                 raise UsageError(
                     "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
@@ -299,7 +304,7 @@ class Engine:
                 f"{rows.mode.autocast}; make the engine with autocast={ambient.autocast}, or train without"
             )
         self._refuse_beside_rows(args, kwargs)
-        return self.parts.suffix(*rows.tensors)
+        return self.parts.suffix(*rows.tensors, *rows.lists)
 
     def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows stand for all that the model was given when it was split: nothing else would reach the suffix."""

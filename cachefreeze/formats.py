@@ -1,7 +1,8 @@
 """What a row holds, and how the user's batch is made of rows again.
 
 Samples of one shape: the activations, and every other tensor of the batch beside them. Samples of different lengths:
-the activations of their content, and the raw item, of which the user's collate function makes each batch anew.
+the activations of their content, and the raw item, of which the user's collate function makes each batch anew. Samples
+that are only listed: the activations, and the item without the pixels of its image.
 """
 
 from __future__ import annotations
@@ -86,8 +87,18 @@ def format_of(parts: Parts, view: View, dtype: str | torch.dtype | None) -> RowF
     """The format that fits a split and the samples.
 
     Raises:
-        LoaderError: The samples have different lengths, and the split was made for one length, or with other inputs.
+        LoaderError: The samples have different lengths, and the split was made for one length, or with other inputs;
+            or they are listed, and the split was made for tensors, or the other way round.
     """
+    lists = bool(parts.origin[1].beside)
+    if lists != (view.listed is not None):
+        given, split = ("tensors", "lists with one entry a sample")[:: 1 if lists else -1]
+        raise LoaderError(
+            f"the batches of this loader give the model {given}, but it was split with {split}: use the same collate "
+            "function for all loaders of an engine"
+        )
+    if view.listed is not None:
+        return ListedRows(parts, view, dtype)
     if view.ragged is None:
         return UniformRows(parts, view, dtype)
     if not parts.padded:
@@ -186,9 +197,7 @@ class RaggedRows(RowFormat):
             codec, field = self._field(i, spec, lengths)
             self._kept.append((i, spec, codec))
             fields.append(field)
-        steps = [ceil(n / _RAW_STEP_BYTES) for n in self._samples.item_bytes.tolist()]
-        fields.append(FieldSpec.ragged(name="raw", lengths=steps, rest=(_RAW_STEP_BYTES,), dtype=torch.uint8))
-        self.fields = tuple(fields)
+        self.fields = (*fields, _raw_field(self._samples.item_bytes))
         self.attributes = {"raw": "items of the dataset: a JSON list, and the bytes of arrays behind a zero byte"}
 
     def _field(self, number: int, spec: BoundaryTensor, lengths: list[Lengths]) -> tuple[RowCodec, FieldSpec]:
@@ -224,18 +233,12 @@ class RaggedRows(RowFormat):
                 values[codec.name] = codec.encode(tensors[i], samples)
             else:
                 values[codec.name] = codec.encode(unpadded(spec, tensors[i], given), samples)
-        width = max(ceil(len(item) / _RAW_STEP_BYTES) for item in data)
-        packed = np.zeros((len(data), width * _RAW_STEP_BYTES), np.uint8)
-        for i, item in enumerate(data):
-            packed[i, : len(item)] = np.frombuffer(item, np.uint8)
-        values["raw"] = torch.from_numpy(packed).view(len(data), width, _RAW_STEP_BYTES)
+        values["raw"] = _packed(data)
         return values
 
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """What the suffix takes, padded as the user's batch is, and that batch."""
-        raw = values["raw"].cpu().flatten(1).numpy()
-        sizes = self._samples.item_bytes[rows].tolist()
-        batch = self._samples.batch([raw[i, :size].tobytes() for i, size in enumerate(sizes)])
+        batch = self._samples.batch(_unpacked(values["raw"], self._samples.item_bytes[rows]))
         given = self._samples.padded(batch, rows.tolist())
         leaves = input_leaves(given.example)
         kept = {i: (spec, codec) for i, spec, codec in self._kept}
@@ -255,6 +258,64 @@ class RaggedRows(RowFormat):
     def assemble(self, batch: Any, rows: Any) -> Any:
         """In the user's own batch, with what they stand in place of."""
         return self.view.layout.replace(batch, rows.beside)
+
+
+@final
+class ListedRows(RowFormat):
+    """Activations of each image, and the item it came with, without its pixels."""
+
+    def __init__(self, parts: Parts, view: View, dtype: str | torch.dtype | None) -> None:
+        super().__init__(parts, view, dtype)
+        assert view.listed is not None
+        self._samples = view.listed
+        self._codecs = [self._codec(i, spec) for i, spec in enumerate(parts.boundary.tensors)]
+        self.fields = (*(codec.field for codec in self._codecs), _raw_field(self._samples.item_bytes))
+        self.attributes = {
+            "raw": "items of the dataset with the sizes of images in their place, as a JSON list and bytes"
+        }
+
+    def collate(self, samples: list[Any]) -> Any:
+        """The bytes of the items, and the user's batch."""
+        return [self._samples.encode(sample) for sample in samples], self._samples.batch(samples)
+
+    def example(self, rows: Sequence[int], raw: Any) -> Example:
+        """Of the user's batch."""
+        return self.view.layout.example(raw[1])
+
+    def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Activations, and the bytes of the items."""
+        samples = torch.tensor(list(rows))
+        made = {codec.name: codec.encode(t, samples) for codec, t in zip(self._codecs, tensors, strict=True)}
+        return {**made, "raw": _packed(raw[0])}
+
+    def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
+        """Activations, and the user's batch with sizes in place of images."""
+        batch = self._samples.batch_of_sizes(_unpacked(values["raw"], self._samples.item_bytes[rows]))
+        return [codec.decode(send(values[codec.name], device)) for codec in self._codecs], batch
+
+    def assemble(self, batch: Any, rows: Any) -> Any:
+        """In the user's own batch, in the place of every list that the model consumes."""
+        given = rows.with_lists(self._samples.given(batch))
+        return self.view.layout.replace(batch, given.beside)
+
+
+def _raw_field(item_bytes: Tensor) -> FieldSpec:
+    steps = [ceil(n / _RAW_STEP_BYTES) for n in item_bytes.tolist()]
+    return FieldSpec.ragged(name="raw", lengths=steps, rest=(_RAW_STEP_BYTES,), dtype=torch.uint8)
+
+
+def _packed(data: Sequence[bytes]) -> Tensor:
+    """Raw items, as wide as the largest of them."""
+    width = max(ceil(len(item) / _RAW_STEP_BYTES) for item in data)
+    packed = np.zeros((len(data), width * _RAW_STEP_BYTES), np.uint8)
+    for i, item in enumerate(data):
+        packed[i, : len(item)] = np.frombuffer(item, np.uint8)
+    return torch.from_numpy(packed).view(len(data), width, _RAW_STEP_BYTES)
+
+
+def _unpacked(packed: Tensor, item_bytes: Tensor) -> list[bytes]:
+    raw = packed.cpu().flatten(1).numpy()
+    return [raw[i, :size].tobytes() for i, size in enumerate(item_bytes.tolist())]
 
 
 def _shapes(example: Example) -> list[tuple[int, ...]]:

@@ -39,7 +39,7 @@ class ItemCodec:
         """
         leaves, self._tree = _flatten(item)
         self._kinds = [_kind(leaf) for leaf in leaves]
-        paths, _ = pytree.tree_flatten_with_path(_opened(item), is_leaf=_is_plain)
+        paths, _ = pytree.tree_flatten_with_path(_opened(item), is_leaf=is_plain)
         self._names = [pytree.keystr(path) or "the item" for path, _ in paths]
         self._mapping: Any = type(item) if isinstance(item, Mapping) and type(item) is not dict else None
         for name, leaf, kind in zip(self._names, leaves, self._kinds, strict=True):
@@ -122,7 +122,7 @@ def _kind(leaf: Any) -> _Array | str | None:
     if isinstance(leaf, np.generic) or type(leaf) is np.ndarray:
         plain = leaf.dtype.kind in "biufc" and leaf.dtype.isnative
         return _Array(np.generic if isinstance(leaf, np.generic) else np.ndarray, leaf.dtype) if plain else None
-    return "a plain value" if _is_plain(leaf) else None
+    return "a plain value" if is_plain(leaf) else None
 
 
 def _data(leaf: Any) -> bytes | None:
@@ -132,10 +132,10 @@ def _data(leaf: Any) -> bytes | None:
     return leaf.tobytes() if isinstance(leaf, np.generic | np.ndarray) else None
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """A number, text or None, or a list of such or of such lists: JSON gives them back as they were."""
     if type(value) is list:
-        return all(type(item) in _PLAIN for item in value) or all(_is_plain(item) for item in value)
+        return all(type(item) in _PLAIN for item in value) or all(is_plain(item) for item in value)
     return type(value) in _PLAIN
 
 
@@ -145,4 +145,4 @@ def _opened(item: Any) -> Any:
 
 
 def _flatten(item: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    return pytree.tree_flatten(_opened(item), is_leaf=_is_plain)
+    return pytree.tree_flatten(_opened(item), is_leaf=is_plain)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from cachefreeze.batches import map_tensors
 from cachefreeze.errors import LoaderError
 from cachefreeze.samples import is_map_style
+from cachefreeze.tracing import Example
 
 Source = Literal["live", "frozen", "fill", "cached"]
 
@@ -54,15 +55,23 @@ class Rows:
         owner: The split that made them.
         raw: What the collate function gave in this place, where batches are collated anew each time (samples of
             different lengths): the labels that a model consumes, for one. Else None.
+        lists: A detector's inputs beside its activations, alone in a tuple; empty for all other models.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], mode: NumericMode, owner: object, batch_dim: int = 0, raw: Any = None
+        self,
+        tensors: Sequence[Tensor],
+        mode: NumericMode,
+        owner: object,
+        batch_dim: int = 0,
+        raw: Any = None,
+        lists: tuple[Example, ...] = (),
     ) -> None:
         self.tensors = tuple(tensors)
         self.mode = mode
         self.owner = owner
         self.raw = raw
+        self.lists = lists
         self._batch_dim = batch_dim
 
     def __len__(self) -> int:
@@ -81,22 +90,28 @@ class Rows:
 
     def beside(self, raw: Any) -> Rows:
         """The same rows in the place of ``raw``."""
-        return Rows(self.tensors, self.mode, self.owner, self._batch_dim, raw)
+        return Rows(self.tensors, self.mode, self.owner, self._batch_dim, raw, self.lists)
+
+    def with_lists(self, lists: Example) -> Rows:
+        """The same rows with what the suffix takes after them."""
+        return Rows(self.tensors, self.mode, self.owner, self._batch_dim, self.raw, (lists,))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         raw = map_tensors(change, self.raw)
-        return Rows([change(tensor) for tensor in self.tensors], self.mode, self.owner, self._batch_dim, raw)
+        lists = tuple(example.map(change) for example in self.lists)
+        return Rows([change(tensor) for tensor in self.tensors], self.mode, self.owner, self._batch_dim, raw, lists)
 
 
 def _rebuilt(children: Any, context: Any) -> Rows:
-    tensors, *raw = children
-    return Rows(tensors, *context, *raw)
+    tensors, *rest = children
+    mode, owner, batch_dim = context
+    return Rows(tensors, mode, owner, batch_dim, rest[0] if rest else None, tuple(rest[1:]))
 
 
 pytree.register_pytree_node(
     Rows,
     lambda rows: (
-        [rows.tensors] if rows.raw is None else [rows.tensors, rows.raw],
+        [rows.tensors] if rows.raw is None else [rows.tensors, rows.raw, *rows.lists],
         (rows.mode, rows.owner, rows._batch_dim),
     ),
     _rebuilt,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from cachefreeze.batches import leaves_of
+from cachefreeze.batches import leaves_of, lists_samples
 from cachefreeze.errors import BatchDependentError, LoaderError, RandomSampleError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import generators_of, preserved_generators, state_of
@@ -97,17 +97,32 @@ def _copied(collate: Callable[[list[Any]], Any], *items: Any) -> Any:
 
 def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> None:
     """Row *i* of a batch must be item *i*, whatever the others are."""
-    together = leaves_of(_copied(collate, *items))
+    batch = _copied(collate, *items)
+    together = leaves_of(batch)
     for position, item in enumerate(items):
-        alone = leaves_of(_copied(collate, item, item))
+        pair = _copied(collate, item, item)
+        if lists_samples(batch, len(items)) and lists_samples(pair, 2):
+            if digest(_entries(batch, position)) != digest(_entries(pair, 0)):
+                _refuse_mixing()
+            continue
+        alone = leaves_of(pair)
         for one, many in zip(alone, together, strict=False):
             rows = isinstance(one, Tensor) and isinstance(many, Tensor) and one.dim() and many.dim()
             if rows and (len(one), len(many)) == (2, len(items)) and not _same_row(one[0], many[position]):
-                raise BatchDependentError(
-                    "the collate function makes a sample depend on the others of its batch, or does not keep their "
-                    "order, so no single row stands for it. Give the loader a collate_fn that only stacks or pads, and "
-                    "mix or sort in the training loop"
-                )
+                _refuse_mixing()
+
+
+def _entries(batch: Any, position: int) -> list[Any]:
+    """What lists with one entry a sample have for one sample."""
+    return [entries[position] for entries in (batch.values() if isinstance(batch, Mapping) else batch)]
+
+
+def _refuse_mixing() -> NoReturn:
+    raise BatchDependentError(
+        "the collate function makes a sample depend on the others of its batch, or does not keep their order, so no "
+        "single row stands for it. Give the loader a collate_fn that only stacks or pads, and mix or sort in the "
+        "training loop"
+    )
 
 
 def view_line(dataset: Any) -> str:

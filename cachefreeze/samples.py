@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from cachefreeze.batches import BatchLayout, Inputs
+from cachefreeze.batches import BatchLayout, Inputs, lists_samples
 from cachefreeze.errors import BatchDependentError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import preserved_random_state
+from cachefreeze.listed_samples import ListedSamples, measure_lists
 from cachefreeze.padding import Padded
 from cachefreeze.probing import check_deterministic, collated
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
@@ -34,6 +35,7 @@ class View:
         layout: The fields of a batch.
         ragged: How long each sample is, where samples have different lengths.
         source: The loader's own dataset; another one under ``view=``.
+        listed: The items, where batches are lists with one entry a sample.
     """
 
     dataset: Any
@@ -41,6 +43,7 @@ class View:
     layout: BatchLayout
     ragged: RaggedSamples | None = None
     source: Any = None
+    listed: ListedSamples | None = None
 
     @classmethod
     def of(
@@ -69,6 +72,11 @@ class View:
             check_deterministic(dataset, collate)
         with preserved_random_state():
             batch = collate_samples(dataset, collate, _first(dataset))
+            one = collate_samples(dataset, collate, [0])
+        if lists_samples(batch, len(_first(dataset))) and lists_samples(one, 1):
+            layout = BatchLayout(batch, inputs, arguments, stored=False, listed=True)
+            items = measure_lists(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset))
+            return cls(dataset, collate, layout, listed=items)
         layout = BatchLayout(batch, inputs, arguments, stored=False)
         padded |= varying(lambda index: collate_samples(dataset, collate, [index]), layout, len(dataset))
         if padded:
@@ -115,11 +123,13 @@ class View:
         """Fingerprint fields of the data: what the dataset is made of, and the content of some samples.
 
         Files on disk are known by relative path, size and time of modification: an edit that keeps all three, in a
-        sample that is not among those digested here, goes unnoticed. Where samples have different lengths, all of
-        them are read and digested, as items and as they are collated.
+        sample that is not among those digested here, goes unnoticed. Where samples have different lengths, or
+        are listed, all of them are read and digested.
         """
         if self.ragged is not None:
             return self.ragged.identity
+        if self.listed is not None:
+            return self.listed.identity
         count = len(self)
         some = evenly(count, _DIGESTED)
         batch = self.fetch(some)

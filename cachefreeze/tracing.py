@@ -137,22 +137,37 @@ class Example:
 
     def fresh(self) -> Example:
         """The same inputs in tensors of their own: a forward may write into what it is given."""
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
-        )
-        return Example(args, kwargs)
+        return self.map(lambda tensor: tensor.clone())
 
     def to(self, device: torch.device) -> Example:
         """The same inputs on ``device``."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """The same inputs with every tensor changed."""
         args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+            lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
         )
-        return Example(args, kwargs)
+        return type(self)(args, kwargs)
+
+    @property
+    def beside(self) -> tuple[Example, ...]:
+        """What a suffix takes after the rows: nothing, but of inputs that no row can hold."""
+        return ()
+
+    def first_two(self) -> list[tuple[Tensor, Tensor]]:
+        """Of every tensor whose first dimension is the batch, its first two rows."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        batched = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == self.batch)
+        return [(leaf[0], leaf[1]) for leaf in batched]
 
     def call(self, model: Callable[..., Any]) -> Any:
         """``model(*args, **kwargs)``."""
         return model(*self.args, **self.kwargs)
 
+
+# The module with which torchvision's detectors make one batch of a list of images.
+LISTS_OF_IMAGES = "GeneralizedRCNNTransform"
 
 # Asking a weight for these is no use of it: many a forward begins with ``x.to(self.head.weight.dtype)``.
 METADATA = frozenset({
@@ -235,7 +250,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
             f"{scripted or 'the model'!r} is a ScriptModule, whose calls and weights cannot be followed; put the plain "
             "module in its place"
         )
-    _refuse_lists_of_images(model)
+    _refuse_padded_images(model)
     events = _Events(model)
 
     class _Parameters(TorchFunctionMode):
@@ -259,19 +274,14 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
     return events.usage("inputs")
 
 
-def _refuse_lists_of_images(model: nn.Module) -> None:
-    """Detectors of torchvision take one image tensor a sample, and put them into one padded batch themselves."""
+def _refuse_padded_images(model: nn.Module) -> None:
+    """Detectors of torchvision put a list of images into one batch themselves; most pad it to the largest."""
     for name, module in model.named_modules():
-        if type(module).__name__ == "GeneralizedRCNNTransform":
-            padded = getattr(module, "fixed_size", None) is None
-            why = (
-                "pads a batch to its largest image, so a row would depend on its batch"
-                if padded
-                else "takes lists with one image and one target a sample, which no row can hold"
-            )
+        if type(module).__name__ == LISTS_OF_IMAGES and getattr(module, "fixed_size", None) is None:
             raise UsageError(
-                f"{name!r} ({type(module).__name__}) of {type(model).__name__} {why}; cache its backbone instead: "
-                "split(model.backbone, images) takes one tensor of images of equal size"
+                f"{name!r} ({type(module).__name__}) of {type(model).__name__} pads a batch to its largest image, so "
+                "a row would depend on its batch; cache its backbone instead: split(model.backbone, images) takes one "
+                "tensor of images of equal size"
             )
 
 

@@ -14,6 +14,7 @@ from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
 from cachefreeze.isolation import eval_mode, preserved_buffers, preserved_random_state, preserved_state
+from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
 from cachefreeze.splitting.costs import blocks
@@ -111,7 +112,9 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
 
     Args:
         model: Any module. Modes, flags, buffers, gradients and random states are as before afterwards.
-        example_inputs: A tensor, a tuple (positional) or a dict (keyword) with a batch of at least 2.
+        example_inputs: A tensor, a tuple (positional) or a dict (keyword) with a batch of at least 2. Of a detector
+            with a fixed input size: its lists, ``(images, targets)``; the suffix takes them after the activations, and
+            reads of the images only their sizes.
         train_from: The first module to train. None reads ``requires_grad``.
 
     Returns:
@@ -124,7 +127,8 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
     """
     site, example = _located(model, example_inputs, train_from)
     reasons = []
-    for executor in _EXECUTORS:
+    # a traced graph goes through a list once for every entry that its example has
+    for executor in (ReplayExecutor(),) if isinstance(example, SampleLists) else _EXECUTORS:
         try:
             with preserved_buffers(site.model.modules()):  # a frozen module may write one even in eval mode
                 cut = executor.cut(site, example)
@@ -164,7 +168,7 @@ def split_padded(
 
 
 def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
-    example = Example.of(example_inputs)
+    example = example_of(model, example_inputs)
     if example.batch < 2:
         raise SplitError(
             f"example_inputs hold a batch of {example.batch}; pass at least 2 samples: a split is verified at two "
@@ -244,5 +248,5 @@ def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
         with count_flops() as whole:
             some.fresh().call(model)
         with count_flops() as after:
-            cut.suffix(*(made if isinstance(made, tuple) else (made,)))
+            cut.suffix(*(made if isinstance(made, tuple) else (made,)), *some.beside)
     return max(0.0, 1 - after.total / whole.total) if whole.total else 0.0

@@ -13,6 +13,7 @@ from cachefreeze.blocks import Block, list_blocks
 from cachefreeze.errors import SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.listed import example_of
 from cachefreeze.splitting.planner import compare, minimum_cut
 from cachefreeze.splitting.recording import OpenInstead, Recording, Rules, record
 from cachefreeze.tracing import Call, Example, Usage, usage_of
@@ -31,7 +32,7 @@ def blocks(model: nn.Module, example_inputs: Any = None) -> list[Block]:
     """
     if example_inputs is None:
         return list_blocks(model, usage_of(model))
-    example = Example.of(example_inputs)
+    example = example_of(model, example_inputs)
     usage = usage_of(model, example)
     listed = list_blocks(model, usage)
     calls = {block.name: call for block in listed if (call := usage.first_call_of(model, block.name))}

@@ -52,7 +52,12 @@ def verify_padded(cut: Cut, site: Site, batches: Sequence[tuple[Padded, Sequence
                 random_state.restore()
                 expected = real.of(batch.example.fresh().call(site.model), batch)
                 random_state.restore()
-                _compare("eval output", expected, real.of(suffix_of(cut, _zeroed(cut, batch), site), batch), site)
+                _compare(
+                    "eval output",
+                    expected,
+                    real.of(suffix_of(cut, _zeroed(cut, batch), site, batch.example), batch),
+                    site,
+                )
         with site.mode(train=True), torch.enable_grad():
             for batch, _ in batches[:2]:
                 _compare_training(cut, site, batch, real)
@@ -121,7 +126,7 @@ def _zeroed(cut: Cut, batch: Padded) -> list[Tensor]:
 
 def _compare_training(cut: Cut, site: Site, batch: Padded, real: _Content) -> None:
     whole = train_once(site.model, lambda: real.of(batch.example.fresh().call(site.model), batch), 0)
-    split = train_once(site.model, lambda: real.of(suffix_of(cut, _zeroed(cut, batch), site), batch), 0)
+    split = train_once(site.model, lambda: real.of(suffix_of(cut, _zeroed(cut, batch), site, batch.example), batch), 0)
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole[:3], split[:3], strict=True):
         _compare(what, expected, got, site)
 

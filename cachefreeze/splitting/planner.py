@@ -89,6 +89,10 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
     order = {value.place: value for value in two.values if value.place in kept | more}
     places = tuple(place for place in order if place is not None)
     lost = next((p for p in places if p[0] in ("output", "written") and p[1:3] not in one_mode.closed), None)
+    if lost is not None and lost[1:3] in two.constant:
+        raise SplitError(
+            f"replay: the images that {lost[1]!r} puts into one batch are used after {site.name!r} as well"
+        )
     if lost is not None:
         raise SplitError(f"replay: {lost[1]!r} is called in train mode only before {site.name!r}, so no row is fixed")
     return Plan(

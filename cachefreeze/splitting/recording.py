@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import RandomState
+from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.boundary import BoundaryTensor
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.tracing import METADATA, Call, Example, Usage, operation
@@ -178,10 +179,12 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
         OpenInstead: A call cannot be closed.
         SplitError: Before the boundary the forward is random, or depends on the batch.
     """
-    recorder = _Recorder(model, rules, frozenset(opened))
+    batching = batching_module(model) if isinstance(example, SampleLists) else None
+    recorder = _Recorder(model, rules, frozenset(opened), batching)
     replica, _ = replicate(model, {name: recorder.rewrite(name) for name, _ in model.named_modules()})
     own = example.fresh()
-    recorder.take_inputs(own)
+    if batching is None:
+        recorder.take_inputs(own)
     try:
         with recorder.memory, recorder:
             output = own.call(replica)
@@ -233,13 +236,14 @@ def _address(tensor: Tensor) -> int:
 class _Recorder(TorchFunctionMode):
     """Follows tensors by identity and version through one forward."""
 
-    def __init__(self, model: nn.Module, rules: Rules, opened: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, rules: Rules, opened: frozenset[str], batching: str | None) -> None:
         super().__init__()
         self.recording = Recording()
         self.memory = _Memory()
         self._model = model
         self._rules = rules
         self._opened = opened
+        self._batching = batching  # what makes the one input that is followed, out of lists that are not
         self._calls: dict[tuple[str, int], Call] = {}
         counts: dict[str, int] = {}
         for call in rules.usage.calls:
@@ -382,8 +386,10 @@ class _Recorder(TorchFunctionMode):
         found, structure = trees.flatten(result)
         ids = [id(leaf) for leaf in given]
         if not self._touched:  # made of weights and shapes alone, or handed through: the suffix does the same
-            for leaf in found:
+            for at, leaf in enumerate(found):
                 self._inside.pop(id(leaf), None)
+                if name == self._batching and leaf is result[0].tensors:
+                    self._add(leaf, frozenset(), ("output", name, number, at), opaque=True)
             self.recording.constant.add((name, number))
             return
         self.recording.uses.append((self._tick(), numbers))
@@ -511,7 +517,7 @@ class _Recorder(TorchFunctionMode):
 
     def _glue(self, name: str, given: list[Tensor], made: list[Tensor], written: list[Tensor], *, drew: bool) -> None:
         inputs = self._value_numbers(given)
-        if not self._ended:
+        if not self._ended and (inputs or self._batching is None):  # glue goes through lists entry by entry
             self.recording.operations.append(name)
         if inputs:
             self.recording.uses.append((self._tick(), inputs))

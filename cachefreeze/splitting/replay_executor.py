@@ -49,7 +49,7 @@ class ReplayExecutor:
         rows = [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
         for train in (False, True):
             with preserved_random_state(), preserved_state(site.model), site.mode(train=train), torch.no_grad():
-                output = _prove(suffix, rows, site)
+                output = _prove(suffix, rows, site, some.fresh())
             suffix.drops_generation_caches |= any(trees.is_generation_cache(leaf) for leaf in trees.leaves(output))
         with preserved_random_state() as random_state, preserved_state(site.model), site.mode(train=False):
             answers_matter = not keep_asked and _answers_matter(suffix, rows, random_state)
@@ -78,7 +78,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (not isinstance(a, trees.CONSTANTS) or a == b)
 
 
-def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site) -> Any:
+def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site, some: Example) -> Any:
     """The output, of which nothing may depend on what is not kept."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -87,7 +87,7 @@ def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site) -> Any:
             return torch.empty(shape, dtype=dtype, device=device)
 
     try:
-        output = suffix.run([row.clone() for row in rows], poison)
+        output = suffix.run([row.clone() for row in rows], poison, given=some.beside)
     except SplitError:
         raise
     except Exception as error:  # the model's forward may fail with anything on a value that is not there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
+from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import Plan, input_name
@@ -102,9 +103,14 @@ class ReplaySuffix(nn.Module):
                         "is not what the model holds; replace modules first, then make the Engine"
                     )
 
-    def forward(self, *rows: Tensor) -> Any:
-        """Run the trainable part on a fresh batch of rows, which it may write into."""
-        return self.run(list(rows))
+    def forward(self, *rows: Any) -> Any:
+        """Run the trainable part on a fresh batch of rows, which it may write into.
+
+        Args:
+            rows: One tensor per boundary tensor, and after them what is given with the batch: a detector's lists.
+        """
+        count = len(self.plan.tensors)
+        return self.run(list(rows[:count]), given=rows[count:])
 
     def _nan(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, writable: bool) -> Tensor:
         """A value that shows where it is used: NaN, else the smallest integer; one element, seen as many."""
@@ -120,7 +126,11 @@ class ReplaySuffix(nn.Module):
         self._inputs.answer = value
 
     def run(
-        self, rows: list[Tensor], poison: Poison | None = None, see_inputs: Callable[[Any], None] | None = None
+        self,
+        rows: list[Tensor],
+        poison: Poison | None = None,
+        see_inputs: Callable[[Any], None] | None = None,
+        given: Sequence[Any] = (),
     ) -> Any:
         """The model's forward on rows, with a poison in place of what is not kept.
 
@@ -128,12 +138,13 @@ class ReplaySuffix(nn.Module):
             rows: One tensor per boundary tensor, which the forward may write into.
             poison: Makes what stands for a value that is not kept; NaN by default.
             see_inputs: Called with the model's arguments before the forward.
+            given: A detector's lists, alone in this sequence.
         """
         spec = self.plan.tensors[0]
         batch = rows[0].shape[spec.batch_dim]
         rows = [tensor.fold(row) for tensor, row in zip(self.plan.tensors, rows, strict=True)]
         current = self._pass = _Pass(rows, batch, poison or self._nan)
-        args, kwargs = self._inputs.build(current, self._places)
+        args, kwargs = self._inputs.build(current, self._places, given)
         self._follow_attributes()
         try:
             if see_inputs is not None:
@@ -300,14 +311,18 @@ class _Inputs:
     """The model's arguments as the suffix calls it: rows, constants, and poison."""
 
     def __init__(self, site: Site, planned: Plan, example: Example) -> None:
+        self._model, self._leaves = site.model, []
+        self.answer: int | None = None
+        self._listed = isinstance(example, SampleLists)
+        if self._listed:
+            return
         leaves, self._tree = pytree.tree_flatten((example.args, example.kwargs))
         values = {v.place[3]: v for v in planned.values if v.place is not None and v.place[0] == "input"}
         first = {id(leaves[at]): at for at in sorted(values, reverse=True)}  # one tensor may be given twice
-        self._leaves: list[tuple[int, Any]] = [
+        self._leaves = [
             _input(at if at in values else first[id(leaf)], values) if isinstance(leaf, Tensor) else (-1, leaf)
             for at, leaf in enumerate(leaves)
         ]
-        self.answer: int | None = None
         self._stand_ins = {at: leaves[at].detach().clone() for at in planned.stand_ins}
         for at, value in self._leaves:
             if at >= 0 and value.spec is None and value.shape[:1] == (2,):
@@ -324,8 +339,16 @@ class _Inputs:
             return sample
         return sample.narrow(value.spec.batch_dim, 0, 1).repeat_interleave(current.batch, value.spec.batch_dim)
 
-    def build(self, current: _Pass, places: dict[Place, int]) -> Any:
+    def build(self, current: _Pass, places: dict[Place, int], beside: Sequence[Any]) -> Any:
         """Positional and keyword arguments."""
+        if len(beside) != self._listed:
+            raise TypeError(
+                f"a suffix of {type(self._model).__name__} takes {len(current.rows)} activations, and after them "
+                f"{'its inputs: suffix(*rows, (images, targets))' if self._listed else 'nothing'}; got {len(beside)}"
+            )
+        if self._listed:
+            (lists,) = example_of(self._model, beside[0]).beside
+            return lists.args, lists.kwargs
         given = []
         for at, what in self._leaves:
             if at < 0:

@@ -76,6 +76,8 @@ def make_segment(shallower: Parts, deeper: Parts) -> Segment:
             f"segment_to({end.name!r}): expected a boundary deeper than {site.name!r}; rows are made in the order of "
             "the forward, so a shallower boundary is filled from the samples"
         )
+    if example.beside:
+        raise SplitError("segment_to(): a detector's rows go with the lists of their batch; fill the deeper boundary")
     segment = Segment(shallower, deeper)
     for count in (2, 3):
         some = example.take([i % example.batch for i in range(count)])

@@ -59,7 +59,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
                         "so no row is fixed; train from an earlier block"
                     )
-                compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site), site)
+                compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site, some.fresh()), site)
             _check_unwritten(cut, two, before, site)
             _check_separable(cut, site, two)
             _check_separable(cut, site, example)
@@ -80,10 +80,10 @@ def rows_of(cut: Cut, some: Example) -> list[Tensor]:
     return [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
 
 
-def suffix_of(cut: Cut, rows: list[Tensor], site: Site) -> Any:
-    """What the suffix makes of rows; raises SplitError where it cannot run."""
+def suffix_of(cut: Cut, rows: list[Tensor], site: Site, some: Example) -> Any:
+    """What the suffix makes of the rows of some samples; raises SplitError where it cannot run."""
     try:
-        return cut.suffix(*rows)
+        return cut.suffix(*rows, *some.beside)
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
         kind = type(error).__name__
         raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {_first_line(error)}") from error
@@ -93,18 +93,14 @@ def _differing(example: Example) -> Example:
     """Two samples that differ, else noise beside the first: two equal ones would show no dependence on a batch."""
     for other in range(1, example.batch):
         pair = example.take([0, other])
-        if any(not torch.equal(a[0], a[1]) for a in _batched(pair)):
+        if any(not torch.equal(a, b) for a, b in pair.first_two()):
             return pair
-    pair = example.take([0, 1])
+    pair = example.take([0, 1]).fresh()
     generator = torch.Generator().manual_seed(0)
-    for tensor in _batched(pair):
-        if tensor.is_floating_point():
-            tensor[1] = torch.randn(tensor[1].shape, generator=generator).to(tensor)
+    for _, second in pair.first_two():
+        if second.is_floating_point():
+            second.copy_(torch.randn(second.shape, generator=generator))
     return pair
-
-
-def _batched(pair: Example) -> list[Tensor]:
-    return [leaf for leaf in trees.tensors((pair.args, pair.kwargs)) if leaf.dim() and leaf.shape[0] == 2]
 
 
 def _check_unwritten(cut: Cut, some: Example, before: list[nn.Module], site: Site) -> None:
@@ -167,12 +163,12 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
         whole = train_once(site.model, lambda: some.fresh().call(site.model), seed)
     except SplitError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise SplitError(
             f"{type(site.model).__name__} itself cannot be trained on these inputs: {_first_line(error)}"
         ) from error
     try:
-        split = train_once(site.model, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site), seed)
+        split = train_once(site.model, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site, some.fresh()), seed)
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
