@@ -731,15 +731,16 @@ class TestVerification:
         """The seam for a second executor."""
 
         class Never:
-            name = "never"
+            def __init__(self, name: str) -> None:
+                self.name = name
 
             def cut(self, site: Site, example: Example) -> Cut:
-                raise SplitError("never: not today")
+                raise SplitError(f"{self.name}: not today")
 
-        monkeypatch.setattr(splitting, "_EXECUTORS", (Never(), FxExecutor()))
+        monkeypatch.setattr(splitting, "_EXECUTORS", (Never("never"), FxExecutor()))
         assert cf.split(Chain(), images(), "conv2").executor == "fx"
-        monkeypatch.setattr(splitting, "_EXECUTORS", (Never(), Never()))
-        with pytest.raises(SplitError, match="never: not today; never: not today"):
+        monkeypatch.setattr(splitting, "_EXECUTORS", (Never("never"), Never("nor")))
+        with pytest.raises(SplitError, match="never: not today; nor: not today"):
             cf.split(Chain(), images(), "conv2")
 
     def test_a_correct_split_gives_no_warning(self):
