@@ -93,6 +93,13 @@ def test_freezeout(tmp_path, data_dir):
     assert "saved" in lines[0]
 
 
+def test_replay_overhead(tmp_path):
+    out = tmp_path / "overhead.json"
+    found = json.loads(run("replay_overhead.py", "--smoke", "--out", str(out))[-1])
+    assert found == json.loads(out.read_text())
+    assert all(row[f"{kind}_ms"] > 0 for row in found["cases"] for kind in ("direct", "fx", "replay"))
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run("gpu.py", CUDA_VISIBLE_DEVICES="")
