@@ -89,7 +89,7 @@ def close(got, wanted, rtol=1e-4):
 
 
 def test_cached_training_equals_uncached(trained):
-    """Losses of every step and the whole model afterwards, and a pass over rows reads the two samples that it watches."""
+    """Losses of every step, the whole model afterwards; a pass over rows reads the two samples that it watches."""
     model, losses, reads, sources, _ = trained
     other = ssdlite("head")
     wanted, *_ = train(other, "off")
