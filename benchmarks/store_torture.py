@@ -124,7 +124,7 @@ def _once(trial: Trial, rng: random.Random) -> None:
     seconds = time.monotonic() - started
     found["elapsed"] = round(seconds)
     found["headers"] = (found["refused"] + found["as good"]) // 2  # each is opened in two ways
-    trial.counts += found
+    trial.counts.update(found)  # a sum would drop what was zero
     trial.seconds += seconds
 
 
@@ -137,7 +137,7 @@ def table(found: dict[str, Any]) -> str:
         }
         target = "all" if row["target"] == ALL else f"{row['target']:,}"
         counted = ", ".join(f"{value:,} {key}" for key, value in rest.items())
-        lines.append(f"{name:34} {row[row['unit']]:>10,} {target:>12} {row['seconds']:>7.0f}   {counted}")
+        lines.append(f"{name:34} {row.get(row['unit'], 0):>10,} {target:>12} {row['seconds']:>7.0f}   {counted}")
     return "\n".join([*lines, f"{found['rounds']} rounds, {found['seconds']:.0f} s, nothing broken"])
 
 
