@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _once(trial: Trial, rng: random.Random) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - started
-    found["elapsed"] = round(seconds)
+    found["elapsed"] = ceil(seconds)
     found["headers"] = (found["refused"] + found["as good"]) // 2  # each is opened in two ways
     trial.counts.update(found)  # a sum would drop what was zero
     trial.seconds += seconds
