@@ -38,6 +38,10 @@ _READS = frozenset({
 # What makes tensors whose size follows from what is in another, and what reads a size.
 _SIZED = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
 _SIZES = frozenset({"shape", "size", "__len__", "numel", "nelement"})
+# What takes nothing but the shape of a tensor.
+_SHAPE_ONLY = frozenset({
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+})  # fmt: skip
 # Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
 _REDRAWS = 1000
 
@@ -489,9 +493,7 @@ class _Recorder(TorchFunctionMode):
             if self._checking and name in _SIZES and any(id(leaf) in self._sized for leaf in given):
                 self._refuse_read(name)
             return result
-        masked = name == "__getitem__" and any(leaf.dtype == torch.bool for leaf in given[1:])
-        if masked or name in _SIZED or any(id(leaf) in self._sized for leaf in given):
-            self._sized |= {id(leaf) for leaf in made}
+        self._follow_sizes(name, given, made)
         self._kept += made
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
         depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
@@ -515,6 +517,17 @@ class _Recorder(TorchFunctionMode):
             self._follow_draw(name, func, args, kwargs, made, depend)
         return result
 
+    def _follow_sizes(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        """Know tensors whose size follows from values of the batch; what masks alone decide is checked by its rows."""
+        deciding = given[:1] if name in _SIZED else []
+        if name == "__getitem__":
+            deciding = [leaf for leaf in given[1:] if leaf.dtype == torch.bool]
+        of_values = any(
+            (id(leaf) in self._of or self.memory.of(leaf)) and id(leaf) not in self._masks for leaf in deciding
+        )
+        if of_values or any(id(leaf) in self._sized for leaf in given):
+            self._sized |= {id(leaf) for leaf in made}
+
     def _glue(self, name: str, given: list[Tensor], made: list[Tensor], written: list[Tensor], *, drew: bool) -> None:
         inputs = self._value_numbers(given)
         if not self._ended and (inputs or self._batching is None):  # glue goes through lists entry by entry
@@ -537,8 +550,8 @@ class _Recorder(TorchFunctionMode):
 
     def _follow_purity(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
         """Whether an op sees ids and masks alone; anything else is not to be read into Python."""
-        pure = bool(depend) and all(id(leaf) in self._pure for leaf in depend)
-        masks = bool(depend) and all(id(leaf) in self._masks for leaf in depend)
+        pure = bool(depend) and (name in _SHAPE_ONLY or all(id(leaf) in self._pure for leaf in depend))
+        masks = bool(depend) and (name in _SHAPE_ONLY or all(id(leaf) in self._masks for leaf in depend))
         if not any(isinstance(leaf, nn.Parameter) for leaf in given):
             self._pure |= {id(leaf) for leaf in results if pure}
             self._masks |= {id(leaf) for leaf in results if masks}
