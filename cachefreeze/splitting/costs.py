@@ -15,7 +15,8 @@ from cachefreeze.flops import count_flops
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.listed import example_of
 from cachefreeze.splitting.planner import compare, minimum_cut
-from cachefreeze.splitting.recording import OpenInstead, Recording, Rules, record
+from cachefreeze.splitting.recording import OpenInstead, Rules, record
+from cachefreeze.splitting.values import Recording
 from cachefreeze.tracing import Call, Example, Usage, usage_of
 
 

@@ -10,7 +10,7 @@ from cachefreeze.errors import SplitError
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 
 if TYPE_CHECKING:
-    from cachefreeze.splitting.recording import Recording
+    from cachefreeze.splitting.values import Recording
 
 # In place of an input's leaf and dimension: the size changes with the padded length, but is not any input's.
 _NO_INPUT = (-1, -1)

@@ -18,7 +18,8 @@ from cachefreeze.errors import SplitError
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
-from cachefreeze.splitting.recording import ClosedCall, OpenInstead, Place, Recording, Rules, Value, record
+from cachefreeze.splitting.recording import OpenInstead, Rules, record
+from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import Example
 
 

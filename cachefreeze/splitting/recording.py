@@ -9,26 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import RandomState
 from cachefreeze.listed import SampleLists, batching_module
-from cachefreeze.splitting.boundary import BoundaryTensor
+from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
+from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import METADATA, Call, Example, Usage, operation
-
-# Where a value can be kept and put back: a raw input, a leaf of what the n-th call of a module returns, an argument
-# that it wrote into, or an argument of the boundary's first call. (kind, module name, number of the call, leaf)
-Place = tuple[Literal["input", "output", "written", "argument"], str, int, int]
 
 # What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
 _READS = frozenset({
@@ -44,103 +40,6 @@ _SHAPE_ONLY = frozenset({
 })  # fmt: skip
 # Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
 _REDRAWS = 1000
-
-
-@dataclass
-class Value:
-    """One tensor of a forward.
-
-    Attributes:
-        shape: As recorded.
-        dtype: As recorded.
-        inputs: Numbers of the values that it is computed from.
-        made: When, on the recording's clock.
-        place: Where it can be kept, or None.
-        opaque: Whether it comes out of a closed call that the suffix cannot run again.
-        random: Whether a random draw went into it.
-        written: Whether glue writes into it later.
-        tensor: The tensor itself, until the recordings are compared.
-        spec: Its batch dimension and bytes, once they are; None when no row can hold it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    inputs: frozenset[int]
-    made: int
-    place: Place | None = None
-    opaque: bool = False
-    random: bool = False
-    written: bool = False
-    tensor: Tensor | None = None
-    spec: BoundaryTensor | None = None
-
-
-@dataclass
-class ClosedCall:
-    """What a closed call did.
-
-    Attributes:
-        name: Of the module.
-        number: Which of its calls, from 0; calls inside closed calls do not count.
-        structure: Of what it returned.
-        leaves: Per leaf a constant, a value's number, or the position of the argument leaf that it is.
-        written: (position of an argument leaf that it wrote into, the value's number afterwards).
-    """
-
-    name: str
-    number: int
-    structure: trees.Structure
-    leaves: list[tuple[Literal["constant", "value", "argument"], Any]]
-    written: list[tuple[int, int]]
-
-    @property
-    def made(self) -> set[int]:
-        """Numbers of the values that it made."""
-        return {what for kind, what in self.leaves if kind == "value"} | {number for _, number in self.written}
-
-
-@dataclass
-class Recording:
-    """One forward.
-
-    Attributes:
-        values: All tensors that depend on the inputs, in the order in which they were made.
-        closed: Closed calls by module name and number.
-        live: Calls of frozen modules whose inputs are random.
-        constant: Calls that depend on weights and shapes alone; the suffix makes them as the model does.
-        boundaries: Block name -> when it was first called or a parameter of it first used.
-        uses: (when, numbers of the values used), the outputs last.
-        reads: (when, numbers of the values that were read into Python), by glue.
-        glanced: (when, numbers of values made of ids and masks alone that glue asked for a truth value): whatever the
-            answer, the model does the same.
-        operations: Names of what glue did before the last boundary.
-        branches: Whether, from the boundary on, values or chance decide in Python what runs.
-        settled: (when, number of values, number of operations) when the last closed call before it was done.
-    """
-
-    values: list[Value] = field(default_factory=list)
-    closed: dict[tuple[str, int], ClosedCall] = field(default_factory=dict)
-    live: set[tuple[str, int]] = field(default_factory=set)
-    constant: set[tuple[str, int]] = field(default_factory=set)
-    boundaries: dict[str, int] = field(default_factory=dict)
-    uses: list[tuple[int, frozenset[int]]] = field(default_factory=list)
-    reads: list[tuple[int, frozenset[int]]] = field(default_factory=list)
-    glanced: list[tuple[int, frozenset[int]]] = field(default_factory=list)
-    operations: list[str] = field(default_factory=list)
-    branches: bool = False
-    settled: tuple[int, int, int] = (0, 0, 0)
-
-    def count_before(self) -> int:
-        """Number of values made before the last boundary: what comes after it may be left to chance."""
-        last = max(self.boundaries.values(), default=0)
-        return sum(value.made < last for value in self.values)
-
-    def needed(self, block: str) -> set[int]:
-        """Values made before a boundary that are used from it on, or that glue before it reads into Python."""
-        start = self.boundaries[block]
-        late = {n for when, numbers in self.uses if when >= start for n in numbers}
-        read = {n for when, numbers in self.reads if when < start for n in numbers}
-        return {n for n in late | read if self.values[n].made < start}
 
 
 class OpenInstead(Exception):  # noqa: N818 - not an error: the recording starts again
@@ -199,51 +98,13 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
     return recorder.recording
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which values a tensor's memory holds: for tensors that no torch function was seen to make (vmap, raw ops)."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._holds: dict[int, frozenset[int]] = {}
-        self._kept: list[Any] = []
-
-    def of(self, tensor: Tensor) -> frozenset[int]:
-        """Numbers of the values that went into a tensor's memory."""
-        return self._holds.get(_address(tensor), frozenset())
-
-    def note(self, tensor: Tensor, numbers: frozenset[int]) -> None:
-        """From now on a tensor's memory holds these values."""
-        address = _address(tensor)
-        if address:
-            self._holds[address] = numbers
-            self._kept.append(tensor.untyped_storage())  # or the address would come back
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        numbers = frozenset[int]().union(*(self.of(leaf) for leaf in given))
-        if numbers:
-            made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-            for leaf in made if not func._schema.is_mutable else (*made, *given[:1]):
-                self.note(leaf, self.of(leaf) | numbers)
-        return result
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse tensors and functorch's wrappers have no memory of their own
-        return 0
-
-
 class _Recorder(TorchFunctionMode):
     """Follows tensors by identity and version through one forward."""
 
     def __init__(self, model: nn.Module, rules: Rules, opened: frozenset[str], batching: str | None) -> None:
         super().__init__()
         self.recording = Recording()
-        self.memory = _Memory()
+        self.memory = Memory()
         self._model = model
         self._rules = rules
         self._opened = opened
@@ -464,10 +325,10 @@ class _Recorder(TorchFunctionMode):
         """A write reaches every tensor in the same memory."""
         if not inputs and not random:
             return
-        addresses = {_address(leaf) for leaf in written} - {0}
+        addresses = {address_of(leaf) for leaf in written} - {0}
         values = self.recording.values
         for number, tensor in list(self._of.values()):
-            if _address(tensor) in addresses:
+            if address_of(tensor) in addresses:
                 values[number].written = True
                 if number in self._arguments:
                     values[number].place = None  # what the boundary writes into is seen outside it too

@@ -17,8 +17,8 @@ from cachefreeze.isolation import preserved_state_of
 from cachefreeze.splitting.boundary import Site
 from cachefreeze.splitting.fx_executor import plain_attributes
 from cachefreeze.splitting.planner import Plan
-from cachefreeze.splitting.recording import Place
 from cachefreeze.splitting.replica import Rewrite, replicate
+from cachefreeze.splitting.values import Place
 
 
 class Reached(BaseException):

@@ -17,9 +17,9 @@ from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import Plan, input_name
-from cachefreeze.splitting.recording import ClosedCall, Place, Value
 from cachefreeze.splitting.replay_prefix import Numbers
 from cachefreeze.splitting.replica import Rewrite, replicate
+from cachefreeze.splitting.values import ClosedCall, Place, Value
 from cachefreeze.tracing import Example
 
 # (shape, dtype, device, whether glue writes into it) -> what stands for a value that is not kept
