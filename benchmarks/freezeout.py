@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import evenly, hardware, load_average, synchronize, versions, write
+from epoch_timings import write
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -29,6 +29,8 @@ from torchvision.models.resnet import BasicBlock
 
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
+from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.timings import evenly
 
 SCHEMA = 1
 VARIANTS = ("baseline", "frozen", "cached", "ceiling")

@@ -6,7 +6,6 @@ The last line printed is one JSON object, also kept as benchmarks/results/gpu-<n
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import subprocess
@@ -16,13 +15,15 @@ from pathlib import Path
 
 import torch
 
+SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 # A head on pooled rows, where the loader is what is measured, and a cut in the middle, where the suffix is.
 _JOBS = (
-    {"model": "digits_cnn", "data": "digits"},
-    {"model": "resnet18", "data": "digits", "image_size": 64, "train_from": "fc"},
-    {"model": "resnet18", "data": "digits", "image_size": 64, "train_from": "layer4"},
+    ("--model", "digits_cnn"),
+    ("--model", "resnet18", "--image-size", "64", "--train-from", "fc"),
+    ("--model", "resnet18", "--image-size", "64", "--train-from", "layer4"),
 )
+_SAMPLES = 1000  # more than there are
 
 
 def run_tests(selected: str) -> dict[str, object]:
@@ -56,13 +57,11 @@ def main() -> int:
     tests = run_tests(args.tests)
     timings = []
     for job in _JOBS[:1] if args.smoke else _JOBS:
-        config = epoch_timings.Config(**job, device="cuda", rounds=2 if args.smoke else args.rounds)
-        if args.smoke:
-            config = dataclasses.replace(config, samples=96)
-        found = epoch_timings.measure(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+        words = ["--device", "cuda", "--samples", str(_SAMPLES), "--rounds", str(args.rounds)]
+        found = epoch_timings.timed(epoch_timings.parse([*job, *words, *(["--smoke"] if args.smoke else [])]))
         print(epoch_timings.table(found), end="\n\n", flush=True)
         timings.append(found)
-    result = {"schema": epoch_timings.SCHEMA, "benchmark": "gpu", "tests": tests, "timings": timings}
+    result = {"schema": SCHEMA, "benchmark": "gpu", "tests": tests, "timings": timings}
     if not args.smoke:
         name = args.name or torch.cuda.get_device_name()
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

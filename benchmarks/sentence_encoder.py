@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import hardware, load_average, versions, write
+from epoch_timings import write
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
+from cachefreeze.machine import hardware, load_average, versions
 
 # The last two layers and the head; the head alone.
 BOUNDARIES = ("bert.encoder.layer.4", "bert.pooler")

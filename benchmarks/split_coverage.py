@@ -28,7 +28,8 @@ import torch
 from covering.case import Case
 from covering.catalogue import LIBRARIES, cases_of, prepare
 from covering.run import PLACES, package_digest, run_case
-from epoch_timings import hardware, load_average, versions
+
+from cachefreeze.machine import hardware, load_average, versions
 
 SCHEMA = 1
 _MEMORY_BYTES = 6 << 30

@@ -23,11 +23,12 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from epoch_timings import hardware, load_average, versions, write
+from epoch_timings import write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cachefreeze.machine import hardware, load_average, versions
 from cachefreeze.stores import FieldSpec, HDF5Store, HostStore, Store, StoreSpec
 from cachefreeze.stores.hdf5 import SYNC_BYTES
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import hardware, load_average, versions, write
+from epoch_timings import write
 
+from cachefreeze.machine import hardware, load_average, versions
 from cachefreeze.testing import faults, hostile, powercuts, torture
 
 ALL = 1  # trials that are exhaustive in one round

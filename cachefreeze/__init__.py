@@ -1,6 +1,7 @@
 """Run the frozen prefix of a network once per sample; train the rest from its cached activations."""
 
 from cachefreeze._started import STARTED  # noqa: F401 - first, before anything imports torch
+from cachefreeze._version import __version__ as __version__
 from cachefreeze.blocks import Block
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CacheFreezeError
@@ -20,8 +21,6 @@ from cachefreeze.schedules import (
 from cachefreeze.splitting import Boundary, BoundaryTensor, Parts, blocks, split
 from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec
 from cachefreeze.training import Trainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AllButLast",

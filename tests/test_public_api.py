@@ -75,6 +75,17 @@ def test_command_line_options():
         "info": [],
         "verify": [],
         "clean": ["--dry-run", "--older-than", "--max-bytes"],
+        "bench": [
+            *JOB[:9],
+            "--samples",
+            "--workers",
+            "--rounds",
+            "--fills",
+            "--epochs",
+            "--cache-dir",
+            "--json",
+            "--plot",
+        ],
     }
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import cachefreeze
-from cachefreeze.cli import clean, fill, info, plan, train, verify
+from cachefreeze.cli import bench, clean, fill, info, plan, train, verify
 from cachefreeze.errors import CacheFreezeError
 
-_VERBS = (train, plan, fill, info, verify, clean)
+_VERBS = (train, plan, fill, info, verify, clean, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""What ``train`` and ``fill`` share: the options of a job, and the data, model and engine they describe."""
+"""What ``train``, ``fill`` and ``bench`` share: the options of a job, and the data, model and engine they describe."""
 
 from __future__ import annotations
 
@@ -81,6 +81,17 @@ def add_arguments(
     parser: argparse.ArgumentParser, *, caches: tuple[str, ...], cache: str, scheduled: bool = False
 ) -> None:
     """The options that say what is trained on what, and where rows are kept."""
+    add_frozen(parser, scheduled=scheduled)
+    parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="of hdf5 caches (default: OUT/cache)")
+    parser.add_argument(
+        "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
+
+
+def add_frozen(parser: argparse.ArgumentParser, *, scheduled: bool = False) -> None:
+    """The options that say what is trained on what, and what of it is frozen."""
     add_model(parser)
     parser.add_argument("--weights", metavar="FILE.safetensors|DEFAULT", help="pretrained weights (default: random)")
     boundary = parser.add_mutually_exclusive_group()
@@ -92,12 +103,6 @@ def add_arguments(
         schedules.add_options(parser)
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    parser.add_argument("--cache", choices=caches, default=cache, help=f"where rows are kept (default {cache})")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="of hdf5 caches (default: OUT/cache)")
-    parser.add_argument(
-        "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +126,7 @@ def model_name(args: argparse.Namespace, data: Data) -> str:
 
 def make_job(args: argparse.Namespace) -> Job:
     """Build everything that the options describe, cheap checks first."""
-    device = _device(args.device)
+    device = device_of(args.device)
     if args.cache == "device" and device.type == "cpu":
         raise UsageError("--cache device keeps rows in GPU memory, and --device is cpu; use --cache host")
     data = load_data(args.data, image_size=args.image_size)
@@ -129,9 +134,9 @@ def make_job(args: argparse.Namespace) -> Job:
     out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
     torch.manual_seed(args.seed)
     schedule = schedules.make_schedule(args) if hasattr(args, "schedule") else None
-    model = _model(name, args, data)
+    model = make_model(name, args, data)
     if schedule is None:
-        _freeze(model, args, data)
+        freeze_model(model, args, data)
     make_folder(out)
     engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype)
     order = torch.Generator().manual_seed(args.seed)
@@ -173,7 +178,8 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"the folder {path} is not writable; choose another one")
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of a name; None for the best there is."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -197,7 +203,8 @@ def _store(args: argparse.Namespace, out: Path) -> str:
     return str(args.cache)
 
 
-def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
+def make_model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
+    """The model that was asked for, on the CPU, nothing frozen; the digits' own is pretrained."""
     model = build_model(name, weights=args.weights, classes=len(data.classes))
     if isinstance(model, DigitsCNN) and args.weights is None and data.name == "digits":
         print(f"pretraining {DIGITS_MODEL} on the digits {', '.join(map(str, PRETRAIN_CLASSES))}", flush=True)
@@ -205,7 +212,8 @@ def _model(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
     return model
 
 
-def _freeze(model: nn.Module, args: argparse.Namespace, data: Data) -> None:
+def freeze_model(model: nn.Module, args: argparse.Namespace, data: Data) -> None:
+    """Freeze what the options say."""
     with running_on(model, data) as example:
         if args.train_from is not None:
             cf.freeze(model, args.train_from, example_inputs=example)

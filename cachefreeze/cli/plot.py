@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cachefreeze.cli.optional import demo_package
 from cachefreeze.errors import UsageError
 from cachefreeze.schedules import Timeline
+
+# Warm without a cache, cold with one, grey for what none can beat.
+_COLOURS = {
+    "live": "#d62728",
+    "frozen": "#ff7f0e",
+    "device": "#2ca02c",
+    "host": "#1f77b4",
+    "hdf5": "#17becf",
+    "ceiling": "0.5",
+}
+
+
+def check() -> None:
+    """Raise UsageError where there is nothing to draw with."""
+    demo_package("matplotlib.figure", "plot")
 
 
 def draw_timeline(shown: Timeline, lr: float, path: Path) -> None:
@@ -29,6 +46,66 @@ def draw_timeline(shown: Timeline, lr: float, path: Path) -> None:
     spans.set(xlabel="optimizer step", xlim=(0, shown.run.steps), ylim=(len(names) - 0.5, -0.5))
     spans.set_yticks(range(len(names)), names, fontsize=6)
     spans.set_ylabel("frozen")
+    _save(figure, path)
+
+
+def draw_timings(found: Mapping[str, Any], path: Path) -> None:
+    """Draw the results of :func:`cachefreeze.timings.measure`: an epoch's seconds, and the seconds of a whole run.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure_module = demo_package("matplotlib.figure", "plot")
+    config, rows = found["config"], found["variants"]
+    figure = figure_module.Figure(figsize=(10, 4.2), layout="constrained")
+    epoch, run = figure.subplots(1, 2)
+    figure.suptitle(
+        f"{config['model']} on {config['data']}, trained from {config['train_from']}: {config['samples']} samples, "
+        f"batch {config['batch_size']}",
+        fontsize=10,
+    )
+    _draw_epochs(epoch, rows)
+    _draw_run(run, rows, config["epochs"])
+    _save(figure, path)
+
+
+def _draw_epochs(axes: Any, rows: Mapping[str, Any]) -> None:
+    """Bars on a logarithmic axis: the median of each variant, and its fastest and slowest round."""
+    places = range(len(rows))
+    medians = [row["median_seconds"] for row in rows.values()]
+    spread = [
+        [row["median_seconds"] - row["min_seconds"] for row in rows.values()],
+        [row["max_seconds"] - row["median_seconds"] for row in rows.values()],
+    ]
+    colours = [_COLOURS[name] for name in rows]
+    axes.barh(places, medians, color=colours, xerr=spread, error_kw={"ecolor": "0.3", "capsize": 3})
+    for place, row in zip(places, rows.values(), strict=True):
+        text = f"{row['median_seconds']:.3g} s, ceiling x {row['to_ceiling']:.3g}"
+        axes.annotate(text, (row["max_seconds"], place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(places, list(rows))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    # room to the right of the longest bar for what is written there
+    axes.set_xlim(
+        min(row["min_seconds"] for row in rows.values()) / 2, 30 * max(row["max_seconds"] for row in rows.values())
+    )
+    axes.set(xlabel="seconds (median; fastest and slowest round)", title="one epoch")
+
+
+def _draw_run(axes: Any, rows: Mapping[str, Any], epochs: int) -> None:
+    """Seconds since the start over the epochs that are done: setup, then the fill, then cached epochs."""
+    for name, row in rows.items():
+        first = row["median_seconds"] if row["fill_seconds"] is None else row["fill_seconds"]
+        done = [row["setup_seconds"] + first + further * row["median_seconds"] for further in range(epochs)]
+        style = "--" if name == "ceiling" else "-"
+        axes.plot(range(epochs + 1), [row["setup_seconds"], *done], style, color=_COLOURS[name], label=name)
+    axes.set(xlabel="epochs done", ylabel="seconds since the start", title="a run, with setup and fill")
+    axes.set_xlim(0, epochs)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
