@@ -20,6 +20,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def _pretrained_digits() -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    return {}
+
+
+@pytest.fixture
+def pretrained_once(
+    _pretrained_digits: dict[tuple[int, int], dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digits' network is pretrained once per seed and image size, not in every command of every test."""
+    from cachefreeze.cli import job
+
+    def pretrain(model: torch.nn.Module, *, seed: int, image_size: int) -> None:
+        key = seed, image_size
+        own = {name: value for name, value in model.state_dict().items() if name.startswith("classifier.")}
+        if key not in _pretrained_digits:
+            digits_pretrain(model, seed=seed, image_size=image_size)
+            _pretrained_digits[key] = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict({**_pretrained_digits[key], **own})
+
+    digits_pretrain = job.pretrain
+    monkeypatch.setattr(job, "pretrain", pretrain)
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The shared photos and weights: CACHEFREEZE_DATA, else ../shared/data beside the repository."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"

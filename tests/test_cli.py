@@ -19,6 +19,8 @@ from cachefreeze.cli import main
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.usefixtures("pretrained_once")
+
 
 def run(capfd, *words):
     """Exit status, stdout and stderr of one command in this process."""

@@ -143,7 +143,8 @@ def test_a_staged_run_with_a_cache_is_the_run_without(name, schedule, tmp_path):
     base, shuffle = build(name), name == "resnet"
     expected = train(copy.deepcopy(base), name, schedule, "off", shuffle=shuffle)
     assert len({boundary for _, boundary in expected[3]}) >= 4, "at least three moves"
-    for store in ("host", f"hdf5:{tmp_path}"):
+    # files that follow the boundary: of the model that is fastest to train, under every schedule
+    for store in ("host", f"hdf5:{tmp_path}") if name == "resnet" else ("host",):
         got = train(copy.deepcopy(base), name, schedule, store, shuffle=shuffle)
         assert_equal(got, expected)
         assert {source for source, boundary in got[3] if boundary is None} <= {"live"}
