@@ -13,7 +13,10 @@ from cachefreeze.cli import main, plot
 from cachefreeze.cli.digits import DigitsCNN
 from cachefreeze.freezing import freeze
 from cachefreeze.isolation import RandomState
+from cachefreeze.splitting import split
 from cachefreeze.timings import Job, measure, steps, table
+from cachefreeze.timings.results import results
+from cachefreeze.timings.variants import Variant
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -152,21 +155,34 @@ def test_what_is_compared_trained_the_same():
     assert rows["host"]["store_bytes"] > 0
 
 
-def test_a_break_even_is_where_the_lines_cross():
-    """Setup and fill owed, divided by what an epoch saves; never where an epoch saves nothing."""
-    rows = measure(job())["variants"]
-    frozen, host = rows["frozen"], rows["host"]
+def told(seconds, *, setup=0.0, fill=None):
+    """A variant of which everything was timed already."""
+    fills = [] if fill is None else [fill]
+    model = torch.nn.Linear(1, 1)
+    return Variant("any", model, [], model, setup_seconds=setup, fill_seconds=fills, seconds=seconds, losses=[1.0])
 
-    def total(row, epochs):
-        first = row["fill_seconds"] if row["fill_seconds"] is not None else row["median_seconds"]
-        return row["setup_seconds"] + first + (epochs - 1) * row["median_seconds"]
 
-    even = host["break_even_epoch"]
-    if even is None:
-        assert host["median_seconds"] >= frozen["median_seconds"]
-    else:
-        assert total(host, even) <= total(frozen, even) * (1 + 1e-9)
-        assert even == 1 or total(host, even - 1) > total(frozen, even - 1) * (1 - 1e-9)
+def test_figures_from_times():
+    """Medians; ratios within a round; a break-even where setup and fill are earned back; never where nothing is saved."""
+    timed = job(epochs=4)
+    variants = {
+        "frozen": told([2.0, 10.0, 2.0]),
+        "host": told([1.0, 5.0, 1.2], setup=3.0, fill=2.5),
+        "hdf5": told([2.0, 10.0, 3.0], setup=3.0, fill=2.5),
+        "cheap": told([1.0, 1.0, 1.0], fill=2.0),
+        "ceiling": told([0.5, 2.5, 0.5]),
+    }
+    rows = results(timed, split(timed.frozen, torch.rand(3, 3, 8, 8)), variants, None)["variants"]
+    assert rows["host"]["median_seconds"] == 1.2
+    assert rows["host"]["to_frozen"] == 0.5
+    assert rows["host"]["to_ceiling"] == 2.0
+    assert rows["host"]["total_seconds"] == pytest.approx(3.0 + 2.5 + 3 * 1.2)
+    assert rows["frozen"]["total_seconds"] == pytest.approx(4 * 2.0)
+    # 3.5 s are owed after the first epoch, and 0.8 s saved by each further one
+    assert rows["host"]["break_even_epoch"] == 1 + 5
+    assert rows["hdf5"]["break_even_epoch"] is None
+    assert rows["cheap"]["break_even_epoch"] == 1
+    assert rows["frozen"]["break_even_epoch"] is None
 
 
 def test_a_plot_of_a_results_file(tmp_path):
