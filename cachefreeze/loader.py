@@ -125,7 +125,8 @@ class PassCounts:
     Attributes:
         cached: Read from the store.
         computed: Computed in this pass.
-        repaired: Computed because the stored row failed its checksum; part of ``computed``.
+        repaired: Computed because the stored row failed its checksum, or its sample was edited; part of ``computed``.
+        rewritten: Stored rows that moved when the store was opened, or whose fields were written then.
         promoted: Made from the rows of a shallower boundary; part of ``computed``.
         kept: Whether computed rows were written.
     """
@@ -133,6 +134,7 @@ class PassCounts:
     cached: int = 0
     computed: int = 0
     repaired: int = 0
+    rewritten: int = 0
     promoted: int = 0
     kept: bool = True
 

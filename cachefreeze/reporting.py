@@ -30,6 +30,7 @@ class EpochReport:
     rows_cached: int
     rows_computed: int
     rows_repaired: int
+    rows_rewritten: int = 0
     rows_promoted: int = 0
     lr: float
 

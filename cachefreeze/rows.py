@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +22,10 @@ from cachefreeze.formats import format_of
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, move, worker_loader
 from cachefreeze.reporting import caching_line
-from cachefreeze.samples import View
+from cachefreeze.revision import MADE_FROM, Revision, input_digests
+from cachefreeze.samples import OF_ROWS, View
 from cachefreeze.splitting import BoundaryTensor, Parts
-from cachefreeze.stores import Store, StoreSpec
+from cachefreeze.stores import HDF5Store, Store, StoreSpec
 from cachefreeze.stores.opening import Wanted, open_store
 from cachefreeze.tracing import Example
 from cachefreeze.watching import SampleWatch
@@ -127,6 +128,8 @@ class StoredRows:
         parts = prefix.parts
         self.format = format_of(parts, view, prefix.dtype)
         self.spec = StoreSpec(rows=len(view), fields=self.format.fields)
+        beside = [field.name for field in self.spec.fields if field.name.startswith("field.")]
+        self._revision = None if view.made_of is None else Revision(view, beside)
         stored = [str(f.dtype).removeprefix("torch.") for f in self.spec.fields if f.name.startswith("activation.")]
         attributes = {
             "model": type(parts.model).__name__,
@@ -141,9 +144,17 @@ class StoredRows:
             fingerprint={**prefix.identity(), "stored": ", ".join(stored), **view.identity(), "version": version},
             attributes=attributes,
             device=prefix.device,
+            beside=() if self._revision is None else (MADE_FROM,),
+            of_rows=OF_ROWS,
+            revision=self._revision,
         )
         self._watch = SampleWatch(view)
         self.store = open_store(where, wanted)
+        self._says = self._revision if MADE_FROM in self.store.spec.fields else None
+        self._rewritten, self._stale = 0, set[int]()
+        if self._says is not None and isinstance(self.store, HDF5Store):
+            self._rewritten, self._stale = self._says.rewritten, set(self._says.stale)
+            self.store.forget(self._says.mismatched(self.store))  # of a file that this process cannot bring up to date
         # whether it is new, or was left empty by somebody who is not writing it
         self.made = self.store.writable and self.store.count == 0
         # also when nothing is written here: a killed process may have left rows that have not reached the disk
@@ -206,10 +217,13 @@ class StoredRows:
             except CorruptRowError as error:
                 bad = list(dict.fromkeys(error.rows))
                 repaired.append(self.compute(bad, self.fetch(bad)))
-        made = sum(len(part.rows) for part in (*computed, *repaired))
-        counts.computed += made
-        counts.cached += len(index) - made
-        counts.repaired += sum(len(part.rows) for part in repaired)
+        made = [row for part in (*computed, *repaired) for row in part.rows]
+        counts.computed += len(made)
+        counts.cached += len(index) - len(made)
+        counts.repaired += sum(len(part.rows) for part in repaired) + len(self._stale.intersection(made))
+        counts.rewritten += self._rewritten
+        self._rewritten = 0
+        self._stale.difference_update(made)
         counts.kept = self.store.writable
         tensors, rest = self.format.decode(index, values, self.prefix.device)
         parts = self.prefix.parts
@@ -279,24 +293,45 @@ class StoredRows:
                 self._uncommitted = True
                 whole = len(index) == len(rows)
                 values = {n: v if whole else v[mine.to(v.device)] for n, v in computed.values.items()}
-                self.store.write(index, values)
+                self.store.write(index, {**values, **self._made_from(index, values)})
         except BaseException:
             self.store.release(index)
             raise
         return computed
 
     def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
-        tensors = self.prefix.run(self.format.example(rows, raw), len(rows))
-        return Computed(tuple(rows), self.format.encode(rows, raw, tensors))
+        example = self.format.example(rows, raw)
+        tensors = self.prefix.run(example, len(rows))
+        values = self.format.encode(rows, raw, tensors)
+        if self._says is not None:
+            values[MADE_FROM.name] = torch.stack([self._says.keys[list(rows)], input_digests(example, len(rows))], 1)
+        return Computed(tuple(rows), values)
+
+    def _made_from(self, index: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What rows were made from, where that is stored and not among their values: not from their samples."""
+        if self._says is None or MADE_FROM.name in values:
+            return {}
+        keys = self._says.keys[index]
+        return {MADE_FROM.name: torch.stack([keys, torch.zeros_like(keys)], 1)}
+
+    def _read(self, index: Tensor) -> dict[str, Tensor]:
+        """Stored rows; one that somebody has brought up to date with other samples meanwhile counts as damaged."""
+        values = self.store.read(index)
+        if self._says is not None:
+            others = index[values[MADE_FROM.name][:, 0] != self._says.keys[index]]
+            if len(others):
+                self.store.forget(others)
+                raise CorruptRowError(f"row {int(others[0])} is of another sample by now", rows=others.tolist())
+        return values
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
         """Rows from the store; those that it does not keep from where they were computed."""
         if bool(self.store.present(index).all()):
-            return self.store.read(index)
+            return self._read(index)
         place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
         wanted = index.tolist()
         stored = [i for i, row in enumerate(wanted) if row not in place]
-        read = self.store.read(index[stored])
+        read = self._read(index[stored])
         result = {}
         for field in self.spec.fields:
             fresh = torch.zeros(field.batch_shape(index), dtype=field.dtype, device=self.store.device)
@@ -321,10 +356,11 @@ class StoredRows:
             return
         chosen = torch.unique(present[torch.linspace(0, len(present) - 1, _RECOMPUTED_ROWS).round().long()])
         try:
-            stored = self.store.read(chosen)
+            stored = self._read(chosen)
         except CorruptRowError:
             return  # now absent: the loader computes them again and counts them as repaired
         computed = self._run_prefix(chosen.tolist(), self.fetch(chosen.tolist()))
+        self._check_inputs(chosen, stored, computed)
         for field in self.spec.fields:
             a, b = stored[field.name], computed.values[field.name].to(stored[field.name].device)
             b = b if field.lengths is None else b[:, : a.shape[1]]  # computed ones are as wide as their batch
@@ -333,11 +369,20 @@ class StoredRows:
             off = float((a.double() - b.double()).abs().max())
             largest = float(b.double().abs().max())
             if not field.dtype.is_floating_point or not off <= _RECOMPUTED_TOLERANCE * max(largest, 1e-6):
-                raise StaleCacheError(
-                    f"the cache of {self.name!r} matches by fingerprint, but {field.name} of samples "
-                    f"{chosen.tolist()} differs from what is computed now (by up to {off:.2g}): the data changed in a "
-                    "way that no fingerprint sees. Remove the file, or pass version= to the loader"
-                )
+                raise self._unseen(f"{field.name} of samples {chosen.tolist()}", f" (by up to {off:.2g})")
+
+    def _check_inputs(self, chosen: Tensor, stored: Mapping[str, Tensor], computed: Computed) -> None:
+        if self._says is not None:
+            was, now = stored[MADE_FROM.name][:, 1], computed.values[MADE_FROM.name][:, 1]
+            other = chosen[(was != now) & (was != 0)]
+            if len(other):
+                raise self._unseen(f"what the model consumes of samples {other.tolist()}", "")
+
+    def _unseen(self, what: str, how: str) -> StaleCacheError:
+        return StaleCacheError(
+            f"the cache of {self.name!r} matches by fingerprint, but {what} differs from what is computed now{how}: "
+            "the data changed in a way that no fingerprint sees. Remove the file, or pass version= to the loader"
+        )
 
 
 def index_of(rows: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cachefreeze.listed_samples import ListedSamples, measure_lists
 from cachefreeze.padding import Padded
 from cachefreeze.probing import check_deterministic, collated
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
+from cachefreeze.sample_keys import Keyed, described, keyed, listed_labels
 from cachefreeze.tracing import Example
 
 
@@ -119,32 +120,40 @@ class View:
         values = self.layout.field_tensors(self.fetch(_first(self.dataset)))
         return list(zip(self.layout.field_names, values, strict=True))
 
+    @cached_property
+    def made_of(self) -> Keyed | None:
+        """What the samples are made of, one by one, when this was first asked; None where that cannot be told."""
+        return keyed(self.dataset) if self.ragged is None and self.listed is None else None
+
     def identity(self) -> dict[str, str]:
         """Fingerprint fields of the data: what the dataset is made of, and the content of some samples.
 
         Files on disk are known by relative path, size and time of modification: an edit that keeps all three, in a
         sample that is not among those digested here, goes unnoticed. Where samples have different lengths, or
-        are listed, all of them are read and digested.
+        are listed, all of them are read and digested. :data:`OF_ROWS` names the fields that speak of single samples.
         """
         if self.ragged is not None:
             return self.ragged.identity
         if self.listed is not None:
             return self.listed.identity
         count = len(self)
-        some = evenly(count, _DIGESTED)
-        batch = self.fetch(some)
+        batch = self.fetch(evenly(count, _DIGESTED))
+        made_of = self.made_of
         consumed = self.layout.example(batch)
         return {
             "samples": f"{count}",
             "inputs": digest((consumed.args, consumed.kwargs)),
-            "labels": digest([self.layout.field_tensors(batch), _labels(self.dataset)]),
-            "dataset": digest(_described(self.dataset)),
+            "labels": digest([self.layout.field_tensors(batch), listed_labels(self.dataset)]),
+            "dataset": digest(described(self.dataset) if made_of is None else made_of.rest),
             "collate": digest(self.collate_fn),
+            **({} if made_of is None else {"rows": digest(made_of.keys)}),
         }
 
 
 # Samples whose content enters the fingerprint, evenly spread over the dataset.
 _DIGESTED = 8
+# Fields of the fingerprint that a change of single samples changes, where every row says what it was made from.
+OF_ROWS = frozenset({"inputs", "labels", "rows"})
 
 
 def example_of(dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs) -> Example:
@@ -233,58 +242,6 @@ def _with_transform(dataset: Any, transform: Any) -> Any:
     if both is not None and hasattr(both, "target_transform"):  # torchvision's VisionDataset calls this one
         made.transforms = type(both)(transform, both.target_transform)
     return made
-
-
-def _labels(dataset: Any) -> Any:
-    """All labels, where a dataset lists them; the samples digested stand for the others."""
-    if isinstance(dataset, Subset):
-        inner = _labels(dataset.dataset)
-        return None if inner is None else (inner, list(dataset.indices))
-    return getattr(dataset, "targets", getattr(dataset, "labels", None))
-
-
-def _described(dataset: Any) -> Any:
-    """What a dataset is made of, without the folder it lies in."""
-    if isinstance(dataset, Subset):
-        return ("Subset", list(dataset.indices), _described(dataset.dataset))
-    if isinstance(dataset, ConcatDataset):
-        return ("ConcatDataset", [_described(inner) for inner in dataset.datasets])
-    state = dict(vars(dataset)) if hasattr(dataset, "__dict__") else {}
-    files = [value for value in state.values() if _lists_files(value)]
-    root = state.get("root")
-    kept = {
-        name: value
-        for name, value in state.items()
-        if not _lists_files(value) and name not in ("root", "targets", "labels") and not _is_path(value)
-    }
-    return (type(dataset).__qualname__, kept, [_file_facts(listing, root) for listing in files])
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "./", "../")))
-
-
-def _lists_files(value: Any) -> bool:
-    """A list of paths, or of (path, label) as torchvision's folders keep them."""
-    if not isinstance(value, list | tuple) or not value:
-        return False
-    first = value[0][0] if isinstance(value[0], tuple | list) and value[0] else value[0]
-    return isinstance(first, str | Path) and Path(first).is_file()
-
-
-def _file_facts(listing: Sequence[Any], root: Any) -> list[Any]:
-    facts: list[Any] = []
-    for item in listing:
-        path = Path(item[0] if isinstance(item, tuple | list) else item)
-        rest = item[1:] if isinstance(item, tuple | list) else ()
-        try:
-            status = path.stat()
-            shown = path.relative_to(root) if root is not None else Path(path.name)
-        except (OSError, ValueError):
-            facts.append((path.name, rest))
-            continue
-        facts.append((shown.as_posix(), status.st_size, status.st_mtime_ns, rest))
-    return facts
 
 
 def is_map_style(dataset: Dataset[Any]) -> bool:

@@ -138,7 +138,7 @@ class Trainer:
         train_loss = train_sums.mean_loss()  # waits for the device: the pass is over when its work is
         seconds = time.perf_counter() - began
         counts = train.counts
-        rows = (counts.cached, counts.computed, counts.repaired, counts.promoted)
+        rows = (counts.cached, counts.computed, counts.repaired, counts.promoted, counts.rewritten)
         val_loss = val_accuracy = val_seconds = val_source = None
         if val is not None:
             self.engine.model.eval()
@@ -162,6 +162,7 @@ class Trainer:
             rows_computed=rows[1],
             rows_repaired=rows[2],
             rows_promoted=rows[3],
+            rows_rewritten=rows[4],
             lr=lr,
         )
 

@@ -190,6 +190,12 @@ class Store(ABC):
             StoreError: The store is closed or read-only, or ``batch`` does not fit the spec.
         """
         rows = self._checked(rows)
+        self._check_write(rows, batch)
+        if len(rows):
+            self._write(rows, batch)
+            self._present[rows] = True
+
+    def _check_write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         self._require_writable()
         expected = {field.name for field in self.spec.fields}
         if set(batch) != expected:
@@ -198,9 +204,6 @@ class Store(ABC):
             _check_fits(batch[field.name], field, rows)
         if len(set(rows.tolist())) != len(rows):
             raise StoreError("write() got the same row twice in one batch; a row belongs to one sample")
-        if len(rows):
-            self._write(rows, batch)
-            self._present[rows] = True
 
     @final
     def read(self, rows: Tensor) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import final
 
@@ -12,6 +13,10 @@ from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.locks import FileLock, still_names
 from cachefreeze.stores.source import Source
 from cachefreeze.stores.system import store_error
+
+# How long to wait for somebody who has a file alone. To change a row in place takes some 0.1 ms.
+_OTHERS_SECONDS = 10.0
+_LOOK_SECONDS = 0.01
 
 
 @final
@@ -43,19 +48,36 @@ class Handles:
         self.source.close()
 
 
-def share(path: Path, fd: int) -> FileLock | None:
-    """The fillers' lock of an open cache file; None where the folder cannot be written, or the file is being removed.
+def take(path: Path, fd: int, *, alone: bool = False) -> FileLock | None:
+    """The fillers' lock of an open cache file.
+
+    Somebody who has the file alone, to change rows in place, is waited for.
+
+    Args:
+        path: Of the file.
+        fd: Its descriptor.
+        alone: Keep other fillers out.
+
+    Returns:
+        None where the folder cannot be written, where others stand against it, and where one does for too long.
 
     Raises:
         StoreError: It cannot be locked, or the file has just been removed.
     """
-    try:
-        lock = FileLock.take(lock_path(path), os.O_CREAT, shared=True)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise store_error(error, "lock", path) from error
-        return None  # reading needs no write permission, neither to the file nor to its folder
-    if lock is not None and not still_names(path, fd):
+    deadline = time.monotonic() + _OTHERS_SECONDS
+    while True:
+        try:
+            lock = FileLock.take(lock_path(path), os.O_CREAT, shared=not alone)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise store_error(error, "lock", path) from error
+            return None  # reading needs no write permission, neither to the file nor to its folder
+        if lock is not None:
+            break
+        if alone or time.monotonic() > deadline:
+            return None
+        time.sleep(_LOOK_SECONDS)
+    if not still_names(path, fd):
         lock.release(unlink=not path.exists())
         raise StoreError(f"{path} was removed while it was being opened: open or create it again")
     return lock

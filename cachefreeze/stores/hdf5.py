@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -28,7 +28,7 @@ from cachefreeze.stores.base import BadRow, Store, StoreSpec
 from cachefreeze.stores.columns import Column, Packed
 from cachefreeze.stores.creation import check_target, create_file
 from cachefreeze.stores.file import Header, checked_layout, open_regular, read_header
-from cachefreeze.stores.handles import Handles, share
+from cachefreeze.stores.handles import Handles, take
 from cachefreeze.stores.header import encode
 from cachefreeze.stores.laying import lay_out
 from cachefreeze.stores.layout import COMMIT, HEADER_BYTES, RECORD_BYTES, Layout, check_storable
@@ -117,12 +117,21 @@ class HDF5Store(Store):
             raise
 
     @classmethod
-    def open(cls, path: str | Path, *, writable: bool = True, verify: Verify = "first", io: IO = "mmap") -> HDF5Store:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        writable: bool = True,
+        alone: bool = False,
+        verify: Verify = "first",
+        io: IO = "mmap",
+    ) -> HDF5Store:
         """Open an existing file.
 
         Args:
             path: The file; a link is refused.
             writable: Fill it too, if it and its folder may be written; see ``store.writable``.
+            alone: As its only filler, until :meth:`share`; others wait for that when they open it.
             verify: When to compare a row with its checksum: on its ``first`` read in this process, ``always``, or
                 ``never``.
             io: Read through a memory map, or by ``pread``: slower, and the way for files on a network file system and
@@ -130,7 +139,7 @@ class HDF5Store(Store):
 
         Raises:
             UsageError: ``verify`` or ``io`` is none of these.
-            StoreError: There is no such file, or it cannot be opened.
+            StoreError: There is no such file, it cannot be opened, or not ``alone``.
             CorruptStoreError: It is no cache file, or header or HDF5 metadata are damaged.
         """
         _check_choice("verify", verify, Verify)
@@ -140,7 +149,8 @@ class HDF5Store(Store):
         fd, may_write = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
         layout, crc = checked_layout(fd, path)  # first, or a lock would be left beside a file that is no cache
         try:
-            lock = share(path, fd) if may_write else None
+            lock = take(path, fd, alone=alone) if may_write else None
+            _require_alone(path, alone and lock is None)
         except BaseException:
             os.close(fd)
             raise
@@ -175,6 +185,50 @@ class HDF5Store(Store):
         self._require_open()
         if self._handles.fd is not None:
             self._sync(self._handles.fd)
+
+    def share(self) -> None:
+        """Let others fill the file too, where it was opened ``alone``."""
+        self._require_open()
+        if self._handles.lock is not None:
+            with failing_as("lock", self._path):
+                self._handles.lock.share()
+
+    def replace(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Write some fields of rows that are present; the others keep their bytes, which are compared first.
+
+        A row is absent from the first byte that changes to the last, as in :meth:`write`. For who has the file alone.
+
+        Raises:
+            StoreError: The store is closed or read-only, a row is absent, or ``batch`` does not fit the spec.
+            CorruptRowError: A row failed its checksum; it is absent from now on.
+        """
+        self._verified[self._checked(rows).numpy()] = False
+        whole = {**self.read(rows), **batch}
+        self._check_write(rows, whole)
+        if len(rows):
+            self._put(rows, whole, changed=batch.keys())
+            self._present[rows] = True
+
+    def discard(self, rows: Tensor) -> None:
+        """Make rows absent, for every process. For who has the file alone.
+
+        Raises:
+            StoreError: The store is closed or read-only, or the system could not write.
+        """
+        rows = self._checked(rows)
+        self._require_writable()
+        assert self._handles.fd is not None
+        with failing_as("write rows to", self._path):
+            for row in rows.tolist():
+                pwrite_all(self._handles.fd, bytes(RECORD_BYTES), self._table.position(row))
+        self._present[rows] = False
+
+    def unverified(self, name: str, rows: Tensor) -> Tensor:
+        """One field of some rows as the file has it, absent and damaged rows too: to look for rows, not to use them."""
+        rows = self._checked(rows)
+        column = next(column for column in self._columns if column.field.name == name)
+        with failing_as("read", self._path):
+            return column.gather(rows)[0]
 
     def verify(self) -> list[BadRow]:
         """Compare every present row with its checksum, and name damaged commit records.
@@ -271,9 +325,14 @@ class HDF5Store(Store):
         self._forgotten[rows.numpy()] = True
 
     def _write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
+        self._put(rows, batch, changed=batch.keys())
+
+    def _put(self, rows: Tensor, batch: Mapping[str, Tensor], changed: Set[str]) -> None:
+        """Write the ``changed`` fields of whole rows, and their records."""
         index = rows.numpy()
         packed = [column.pack(rows, batch[column.field.name]) for column in self._columns]
         records = records_of(index, [row_digest(row) for row in zip(*(part.rows() for part in packed), strict=True)])
+        packed = [part for part, column in zip(packed, self._columns, strict=True) if column.field.name in changed]
         self._present.numpy()[index] = False
         self._forgotten[index] = True  # until it is whole again, whatever its record says meanwhile
         try:
@@ -298,7 +357,8 @@ class HDF5Store(Store):
             # A row that is rewritten is absent until it is whole again, also to readers that never check.
             if recorded[start:stop].any():
                 pwrite_all(fd, bytes((stop - start) * RECORD_BYTES), position)
-        for part in packed:
+        # The last field first, as a read takes it last: whoever finds the old one there has old ones all through.
+        for part in reversed(packed):
             for start, stop, _ in runs:
                 pwrite_all(fd, part.stretch(start, stop), part.starts[start])
         for start, stop, position in runs:
@@ -358,6 +418,13 @@ def _reopen(path: str, verify: Verify, io: IO, crc: int) -> HDF5Store:
         store.close()
         raise StoreError(f"{path} is another file than the one whose store was pickled: open the new one")
     return store
+
+
+def _require_alone(path: Path, missing: bool) -> None:
+    if missing:
+        raise StoreError(
+            f"{path} cannot be had alone: another process has it open to fill it, or it may not be written"
+        )
 
 
 def _require_platform() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from cachefreeze.errors import CacheFreezeError, StaleCacheError, StoreError, StoreSpaceError, UsageError
 from cachefreeze.fingerprint import difference, identity
-from cachefreeze.stores.base import Store, StoreSpec
+from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
 from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.file import read_header
 from cachefreeze.stores.hdf5 import HDF5Store
@@ -30,6 +31,18 @@ _HOST_SHARE = 0.5
 _CREATION_SECONDS = 10.0
 
 
+class Revising(Protocol):
+    """What is known of single samples."""
+
+    def serves(self, path: Path, *, same: bool) -> bool:
+        """Whether a file holds these samples but for a few, and is up to date now, or needs not be.
+
+        Args:
+            path: A file whose fingerprint is right but for what single samples change.
+            same: That is right as well.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """A store that is asked for.
@@ -41,6 +54,9 @@ class Wanted:
         fingerprint: What must be equal for rows to be reused.
         attributes: Readable facts for ``cachefreeze info``.
         device: Where the suffix runs.
+        beside: Fields that a file has and a store in memory needs not: what each row was made from.
+        of_rows: Fields of the fingerprint that may differ where ``revision`` serves.
+        revision: Brings a file's rows up to date; None where they cannot be told apart.
     """
 
     spec: StoreSpec
@@ -49,6 +65,19 @@ class Wanted:
     fingerprint: Mapping[str, str]
     attributes: Mapping[str, str]
     device: torch.device
+    beside: tuple[FieldSpec, ...] = ()
+    of_rows: frozenset[str] = frozenset()
+    revision: Revising | None = None
+
+    @property
+    def file_spec(self) -> StoreSpec:
+        """Rows and fields of a file."""
+        return replace(self.spec, fields=(*self.spec.fields, *self.beside))
+
+    def differing(self, found: Mapping[str, str]) -> set[str]:
+        """Fields of another fingerprint that differ."""
+        keys = found.keys() | self.fingerprint.keys()
+        return {key for key in keys if found.get(key) != self.fingerprint.get(key)}
 
     @property
     def file_stem(self) -> str:
@@ -70,7 +99,7 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
         StaleCacheError: A file that was named, or a store that was handed over, holds other rows.
     """
     if isinstance(where, Store):
-        if where.spec != wanted.spec:
+        if where.spec not in (wanted.spec, wanted.file_spec):
             raise StaleCacheError(
                 f"the store given for {wanted.name!r} holds {_shape(where.spec)}, needed are {_shape(wanted.spec)}"
             )
@@ -120,13 +149,39 @@ def _fastest(wanted: Wanted, folder: str) -> tuple[str, str]:
 
 
 def _open_file(place: Path, wanted: Wanted) -> Store:
-    named = _names_a_file(place)
-    path = place if named else _folder(place) / f"{wanted.file_stem}-{identity(wanted.fingerprint)}.h5"
-    if path.exists():
-        return _matching(HDF5Store.open(path), wanted)
-    if not named:
-        _explain_miss(place, wanted)
+    if _names_a_file(place):
+        return _matching(place, wanted) if place.exists() else _create(place, wanted)
+    folder, again = _folder(place), 0
+    path = folder / f"{wanted.file_stem}-{identity(wanted.fingerprint)}.h5"
+    found = [path] if path.exists() else _older(folder, wanted)
+    for other in found:
+        with nullcontext() if other == path else suppress(CacheFreezeError):  # a damaged neighbour is none
+            if _serves(other, wanted):
+                return HDF5Store.open(other)
+    if path not in found:
+        _explain_miss(found, wanted)
+    while path.exists():  # its rows were brought up to date with other samples since it was made
+        again += 1
+        path = folder / f"{wanted.file_stem}-{identity({**wanted.fingerprint, 'again': str(again)})}.h5"
+        if path.exists() and _serves(path, wanted):
+            return HDF5Store.open(path)
     return _create(path, wanted)
+
+
+def _older(folder: Path, wanted: Wanted) -> list[Path]:
+    """Files of the same name and boundary, the newest first."""
+    return sorted(folder.glob(f"{wanted.file_stem}-????????????.h5"), key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def _serves(path: Path, wanted: Wanted) -> bool:
+    """Whether a file holds the wanted rows, perhaps brought up to date."""
+    header = read_header(path)
+    differing = wanted.differing(header.fingerprint)
+    if header.fields != wanted.file_spec.fields or header.rows != wanted.spec.rows:
+        return False
+    if wanted.revision is None:
+        return not differing
+    return differing <= wanted.of_rows and wanted.revision.serves(path, same=not differing)
 
 
 def _folder(place: Path) -> Path:
@@ -137,40 +192,41 @@ def _folder(place: Path) -> Path:
     return place
 
 
-def _matching(store: HDF5Store, wanted: Wanted) -> Store:
-    differing = difference(store.fingerprint, wanted.fingerprint)
-    if differing or store.spec != wanted.spec:
-        path = store.path
-        store.close()
-        shown = "; ".join(differing) or f"{_shape(store.spec)} -> {_shape(wanted.spec)}"
+def _matching(path: Path, wanted: Wanted) -> Store:
+    if not _serves(path, wanted):
+        header = read_header(path)
+        found = StoreSpec(rows=header.rows, fields=header.fields)
+        shown = "; ".join(difference(header.fingerprint, wanted.fingerprint))
+        if not shown:
+            shown = "other samples" if found == wanted.file_spec else f"{_shape(found)} -> {_shape(wanted.file_spec)}"
         raise StaleCacheError(f"{path} was made for something else ({shown}); name another file, or a folder")
-    return store
+    return HDF5Store.open(path)
 
 
 def _create(path: Path, wanted: Wanted) -> Store:
     deadline = time.monotonic() + _CREATION_SECONDS
     while True:
         try:
-            return HDF5Store.create(path, wanted.spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes)
+            return HDF5Store.create(
+                path, wanted.file_spec, fingerprint=wanted.fingerprint, attributes=wanted.attributes
+            )
         except StoreSpaceError:
             raise
         except StoreError:
             if path.exists():  # another process made it in the meantime
-                return _matching(HDF5Store.open(path), wanted)
+                return _matching(path, wanted)
             if time.monotonic() > deadline or not lock_path(path).exists():
                 raise
             time.sleep(0.05)  # another process holds the lock and is about to make it
 
 
-def _explain_miss(folder: Path, wanted: Wanted) -> None:
+def _explain_miss(older: Sequence[Path], wanted: Wanted) -> None:
     """Say why the newest cache of the same name and boundary is not reused."""
-    older = sorted(folder.glob(f"{wanted.file_stem}-????????????.h5"), key=lambda p: p.stat().st_mtime)
     if not older:
         return
-    newest = older[-1]
     with suppress(CacheFreezeError):
-        lines = difference(read_header(newest).fingerprint, wanted.fingerprint)
-        _LOG.warning("%s is not reused, these differ: %s; filling a new file", newest.name, "; ".join(lines))
+        lines = difference(read_header(older[0]).fingerprint, wanted.fingerprint)
+        _LOG.warning("%s is not reused, these differ: %s; filling a new file", older[0].name, "; ".join(lines))
 
 
 def _names_a_file(place: Path) -> bool:
