@@ -6,19 +6,21 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
+from cachefreeze.compiled import CompiledStep
 from cachefreeze.errors import CheckpointError, SplitError, StaleCacheError, UsageError
 from cachefreeze.freezing import boundary_of, hold_eval
+from cachefreeze.heads import Heads
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
 from cachefreeze.measuring import measure
@@ -292,9 +294,18 @@ class Engine:
             UsageError: There are arguments of the model's forward beside the rows, which would not reach it.
             TypeError: As the model itself, for keywords that its forward does not know.
         """
+        module, given, named = self.route(*args, **kwargs)
+        return module(*given, **named)
+
+    def route(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """What a call of the engine calls: the suffix or the whole model, and with which arguments.
+
+        Raises:
+            StaleCacheError, UsageError, TypeError: As a call does.
+        """
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)
         if rows is None:
-            return self.model(*args, **kwargs)
+            return self.model, args, kwargs
         if self.parts is None or rows.owner is not self.parts:
             raise StaleCacheError("these rows were made by another engine's split; use the loaders of this engine")
         ambient = NumericMode.now(rows.tensors[0].device)
@@ -304,7 +315,47 @@ class Engine:
                 f"{rows.mode.autocast}; make the engine with autocast={ambient.autocast}, or train without"
             )
         self._refuse_beside_rows(args, kwargs)
-        return self.parts.suffix(*rows.tensors, *rows.lists)
+        return self.parts.suffix, (*rows.tensors, *rows.lists), {}
+
+    def compile_step(self, loss_fn: Callable[..., Tensor], optimizer: Optimizer) -> CompiledStep:
+        """A whole training step behind one call, replayed as a CUDA graph where that does what the eager step does.
+
+        ::
+
+            step = engine.compile_step(loss_fn, optimizer)
+            for x, y in train:
+                loss = step(x, y)
+
+        Args:
+            loss_fn: Takes the output and the targets of a batch; of a dict batch, ``step(batch)``, the output and the
+                batch.
+            optimizer: Over what trains. Where steps are recorded, it is made ``capturable``.
+
+        Returns:
+            A callable: inputs and targets -> the detached loss. ``step.how`` and ``step.reason`` say how it ran.
+        """
+
+        def compute(inputs: Any, *targets: Any) -> Tensor:
+            args, kwargs, targets = self.arguments(inputs, *targets)
+            return loss_fn(self(*args, **kwargs), *targets)
+
+        return CompiledStep(compute, optimizer, self.model, lambda: self.parts)
+
+    def heads(self, count: int) -> Heads:
+        """Copies of what trains, which learn from the same batches, each with parameters for your optimizer.
+
+        Raises:
+            UsageError: Under a schedule, whose boundary moves; or nothing trains.
+        """
+        if self._staging is not None:
+            raise UsageError("heads() needs what trains to stay the same; freeze with cf.freeze, without a schedule")
+        return Heads(self, count)
+
+    def arguments(self, inputs: Any, *targets: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
+        """What the engine and then the loss take of a batch: a dict batch is its own target."""
+        if isinstance(inputs, Mapping):
+            return (), self.model_inputs(inputs), targets or (inputs,)
+        return (inputs,), {}, targets
 
     def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows stand for all that the model was given when it was split: nothing else would reach the suffix."""

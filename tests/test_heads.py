@@ -1,0 +1,184 @@
+"""Heads train as each would alone, from one pass over the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import cachefreeze as cf
+from cachefreeze.errors import UsageError
+
+COUNT, BATCH, CLASSES = 36, 8, 5
+RATES = (0.3, 0.1, 0.01)
+# Of losses and weights after two epochs: matrix products of all heads round otherwise than those of one.
+TOLERANCE = 1e-5
+
+
+class Net(nn.Module):
+    """A frozen layer and a trainable part of one of several kinds."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Linear(6, 12)
+        middle = {
+            "linear": [],
+            "mlp": [nn.Linear(12, 12), nn.ReLU(inplace=True)],
+            "norm": [nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5)],
+            "in place": [nn.ReLU6(inplace=True), nn.Linear(12, 12)],
+            "replayed": [nn.Linear(12, 12), nn.Dropout(0.5)],
+            "control": [nn.Linear(12, 12), nn.Dropout(0.5)],
+        }[kind]
+        self.body = nn.Sequential(*middle)
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        x = self.body(self.stem(x))
+        if self.kind in ("replayed", "control") and isinstance(x, fx.Proxy):
+            raise TypeError("not to be traced")
+        if self.kind == "control" and float(x.detach().sum()) > 1e9:  # a value read into Python: not for vmap
+            x = x * 2
+        return self.head(x)
+
+
+def made(kind, frozen=True):
+    torch.manual_seed(0)
+    model = Net(kind)
+    if frozen:
+        cf.freeze(model, train_from="head" if kind == "linear" else "body.0", example_inputs=torch.randn(2, 6))
+    return model
+
+
+def loaded(model):
+    engine = cf.Engine(model, "host")
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(
+        torch.randn(COUNT, 6, generator=generator), torch.randint(CLASSES, (COUNT,), generator=generator)
+    )
+    return engine, engine.loader(DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(2)))
+
+
+def solo(kind, rate, frozen=True):
+    """Losses and the model of a head that trains alone, and the draws left after it."""
+    engine, batches = loaded(made(kind, frozen))
+    trained = [p for p in engine.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9)
+    losses = []
+    torch.manual_seed(3)
+    for _ in engine.epochs(2):
+        engine.model.train()
+        for x, y in batches:
+            optimizer.zero_grad()
+            losses.append(functional.cross_entropy(engine(x), y))
+            losses[-1].backward()
+            optimizer.step()
+    return torch.stack(losses).detach(), engine.model, torch.rand(3)
+
+
+def together(kind, frozen=True, compiled=False):
+    engine, batches = loaded(made(kind, frozen))
+    heads = engine.heads(len(RATES))
+    groups = [{"params": heads.parameters(i), "lr": rate} for i, rate in enumerate(RATES)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    step = heads.compile_step(functional.cross_entropy, optimizer)
+    losses = []
+    torch.manual_seed(3)
+    for _ in engine.epochs(2):
+        engine.model.train()
+        for x, y in batches:
+            if compiled:
+                losses.append(step(x, y))
+                continue
+            optimizer.zero_grad()
+            losses.append(heads.losses(functional.cross_entropy, x, y))
+            losses[-1].sum().backward()
+            optimizer.step()
+    return torch.stack(losses).detach(), heads, engine, batches, torch.rand(3)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["loop", "compiled"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("linear", "stacked"), ("mlp", "stacked"), ("norm", "stacked"), ("in place", "stacked"),
+        ("replayed", "stacked"), ("control", "loop"),
+    ],
+)  # fmt: skip
+def test_each_head_is_its_solo_run(kind, how, compiled):
+    """Losses, weights, buffers and draws, with learning rates of their own; bit for bit one after the other."""
+    losses, heads, engine, _, drawn = together(kind, compiled=compiled)
+    assert heads.how == how
+    assert (heads.reason is None) == (how == "stacked")
+    untouched = made(kind).state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in engine.model.state_dict().items())
+    for i, rate in enumerate(RATES):
+        wanted, model, drawn_alone = solo(kind, rate)
+        assert torch.equal(drawn, drawn_alone)
+        heads.load(i)
+        pairs = [("losses", losses[:, i], wanted)]
+        pairs += [(name, value, model.state_dict()[name]) for name, value in engine.model.state_dict().items()]
+        for name, got, alone in pairs:
+            if how == "loop":
+                assert torch.equal(got, alone), name
+            assert torch.allclose(got.double(), alone.double(), rtol=TOLERANCE, atol=TOLERANCE), name
+    assert not torch.allclose(losses[-1, 0], losses[-1, 2], rtol=1e-2), "the rates made a difference"
+
+
+def test_with_nothing_cached():
+    """Heads over raw inputs are copies of the whole model."""
+    losses, heads, *_ = together("mlp", frozen=False)
+    assert heads.how == "stacked"
+    wanted, _, _ = solo("mlp", RATES[0], frozen=False)
+    assert torch.allclose(losses[:, 0], wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_outputs_and_gradients():
+    """A call gives every head's outputs; a head whose loss is left out gets no gradient of its own."""
+    _, heads, engine, batches, _ = together("mlp")
+    engine.model.eval()
+    x, y = next(iter(batches))
+    with torch.no_grad():
+        outputs = heads(x)
+    assert outputs.shape == (len(RATES), len(y), CLASSES)
+    for i in range(len(heads)):
+        heads.load(i)
+        assert torch.allclose(engine(x), outputs[i], rtol=TOLERANCE, atol=TOLERANCE)
+    for i in range(len(heads)):
+        for parameter in heads.parameters(i):
+            parameter.grad = None
+    heads.losses(functional.cross_entropy, x, y)[1].backward()
+    assert all(p.grad.abs().sum() > 0 for p in heads.parameters(1))
+    assert all(not p.grad.any() for p in heads.parameters(0))
+    assert set(heads.named_parameters(0)) == {"body.0.weight", "body.0.bias", "head.weight", "head.bias"}
+
+
+def test_rows_stay_for_every_head():
+    """A suffix that writes into its rows spoils them for no other head, one after the other as at once."""
+    engine, batches = loaded(made("in place"))
+    x, y = next(iter(batches))
+    alone = functional.cross_entropy(engine(x.to(torch.float32, copy=True)), y)
+    heads = engine.heads(2)
+    heads._decided[True] = "for this test"
+    losses = heads.losses(functional.cross_entropy, x, y)
+    assert torch.equal(losses, torch.stack([alone, alone]))
+
+
+def test_refusals():
+    engine, _ = loaded(made("mlp"))
+    with pytest.raises(UsageError, match="1 or more"):
+        engine.heads(0)
+    heads = engine.heads(2)
+    engine.model.head.weight.requires_grad_(False)
+    heads = engine.heads(2)
+    engine.model.head.weight.requires_grad_(True)
+    with pytest.raises(UsageError, match="make them anew"):
+        heads(torch.randn(4, 6))
+    for parameter in engine.model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UsageError, match="nothing of the model trains"):
+        engine.heads(2)
+    with pytest.raises(UsageError, match="without a schedule"):
+        cf.Engine(made("mlp", frozen=False), "host", schedule=cf.FreezeOut()).heads(2)
