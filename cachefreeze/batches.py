@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -133,6 +134,32 @@ def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:
         return leaf
 
     return pytree.tree_map(of, batch)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """One batch of several: tensors end to end, what else there is as in the first.
+
+    Raises:
+        FieldError: They are not made alike, or hold a tensor that does not belong to single samples.
+    """
+    flat = [pytree.tree_flatten(batch) for batch in batches]
+    first, tree = flat[0]
+    try:
+        leaves = [_joined_leaf(first_leaf, [leaves[i] for leaves, _ in flat]) for i, first_leaf in enumerate(first)]
+    except (IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise FieldError(
+            f"the samples' batches cannot be joined ({error}): the collate function must give every sample the same "
+            "fields, each a tensor with one row a sample, of one shape"
+        ) from error
+    return pytree.tree_unflatten(leaves, tree)
+
+
+def _joined_leaf(first: Any, parts: list[Any]) -> Any:
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        return _mapping_like(first, {key: joined([part[key] for part in parts]) for key in first})
+    return first
 
 
 def leaves_of(batch: Any) -> list[Any]:

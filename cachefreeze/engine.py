@@ -110,6 +110,7 @@ class Engine:
         self.parts: Parts | None = None
         self.cache: CacheManager | None = None
         self.epoch = 0
+        self._running = False
         self.boundary: str | None = None
         self._store = store
         self._autocast = autocast
@@ -133,6 +134,8 @@ class Engine:
         view: Any = None,
         version: str | None = None,
         assume_deterministic: bool = False,
+        variants: int | None = None,
+        seed: int = 0,
     ) -> CachedLoader | PassingLoader | StagedLoader:
         """Wrap a DataLoader: the same batches in the same order, with rows in place of the model's inputs.
 
@@ -147,6 +150,9 @@ class Engine:
             view: A deterministic transform or dataset to cache, when the loader's own samples are augmented.
             version: Any text; rows made under another version are not reused.
             assume_deterministic: Skip the probe for randomness.
+            variants: Cache so many seeded draws of every sample of a random dataset or collate function. Every sample
+                goes through all of them before one comes again, in an order of its own.
+            seed: Of the draws of ``variants`` and of their order.
 
         Raises:
             LoaderError, FieldError, RandomSampleError, BatchDependentError: The loader cannot be cached.
@@ -154,9 +160,11 @@ class Engine:
             StoreError: The rows cannot be kept where they should be.
         """
         check_loader(dataloader)
-        if self._store == "off" and view is not None:
+        if self._store == "off" and (view is not None or variants is not None):
+            given = "variants=" if view is None else "view="
             raise UsageError(
-                "view= says what to cache, and store='off' caches nothing; give the DataLoader that dataset"
+                f"{given} says what to cache, and store='off' caches nothing; give the DataLoader the samples that it "
+                "is to yield"
             )
         if self._store == "off" and self._staging is None:
             return self._uncached(dataloader, inputs)
@@ -166,6 +174,8 @@ class Engine:
             inputs=inputs,
             view=view,
             assume_deterministic=assume_deterministic or self._store == "off",
+            variants=variants,
+            seed=seed,
             padded=frozenset() if self.parts is None else self.parts.padded,
         )
         if self._staging is not None:
@@ -196,7 +206,7 @@ class Engine:
                     batches = seen.padded_batches(model_device(self.model))
                     self.parts = split_padded(self.model, batches, seen.layout.input_names)
             self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
-        return self.cache.loader_for(dataloader, seen, name, version)
+        return self.cache.loader_for(dataloader, seen, name, version, self._now)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Let the schedule drive an optimizer, which is never rebuilt: its groups are split by block, in place.
@@ -250,7 +260,11 @@ class Engine:
             if self._staging is not None:
                 self._stage(self._staging, total, steps_per_epoch)
             hold_eval(self.model)
-            yield self.epoch
+            self._running = True
+            try:
+                yield self.epoch
+            finally:
+                self._running = False
             self.epoch += 1
             if self.cache is not None:
                 self.cache.commit()
@@ -384,6 +398,10 @@ class Engine:
             raise UsageError("this engine has no schedule: Engine(model, schedule=…)")
         return self._staging
 
+    def _now(self) -> int | None:
+        """The epoch that runs; None outside of :meth:`epochs`."""
+        return self.epoch if self._running else None
+
     def _stage(self, staging: Staging, total: int, steps: int | None) -> None:
         """Begin an epoch under the schedule: what is frozen, then where the cache's boundary is."""
         if not self._followed:
@@ -439,7 +457,7 @@ class Engine:
             if self.cache is None:
                 followed.loader.follow(PassingLoader(dataloader, device, "frozen" if staging.frozen else "live"))
             else:
-                inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version)
+                inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version, self._now)
                 followed.loader.follow(inner)
 
     def _manager(self, parts: Parts, below: CacheManager | None) -> CacheManager:

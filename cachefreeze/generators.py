@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -39,13 +39,29 @@ def state_of(generator: Any) -> str:
 @contextmanager
 def preserved_generators(*values: Any) -> Iterator[None]:
     """Whatever is drawn inside from the generators within some objects, their states are as before on exit."""
-    found = [generator for value in values for _, generator in generators_of(value, "")]
-    states = [_get(generator) for generator in found]
+    with preserved_states([generator for value in values for _, generator in generators_of(value, "")]):
+        yield
+
+
+@contextmanager
+def preserved_states(generators: Sequence[Any]) -> Iterator[None]:
+    """Whatever is drawn inside from some generators, their states are as before on exit."""
+    states = [_get(generator) for generator in generators]
     try:
         yield
     finally:
-        for generator, state in zip(found, states, strict=True):
+        for generator, state in zip(generators, states, strict=True):
             _set(generator, state)
+
+
+def seed_generator(generator: Any, seed: int) -> None:
+    """Begin a generator anew, as one of its kind begins with this seed (0 to 2**32 - 1)."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random | np.random.RandomState):
+        generator.seed(seed)
+    else:
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
 
 
 def _get(generator: Any) -> Any:

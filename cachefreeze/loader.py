@@ -167,6 +167,10 @@ class RowSource(Protocol):
         """Raise if stored rows would be stale."""
         ...
 
+    def in_turn(self, batches: Iterator[Sequence[int]], epoch: int) -> Iterator[Sequence[int]]:
+        """The rows that stand for batches of samples in an epoch."""
+        ...
+
     def absent(self, rows: Sequence[int]) -> list[int]:
         """Which of ``rows`` are not stored, each once, in order."""
         ...
@@ -248,19 +252,31 @@ class PassingLoader(LoaderProxy):
 
 
 class CachedLoader(LoaderProxy):
-    """Rows instead of raw inputs: written on the first visit of a sample, read afterwards."""
+    """Rows instead of raw inputs: written on the first visit of a sample, read afterwards.
 
-    def __init__(self, dataloader: DataLoader[Any], source: RowSource) -> None:
+    Args:
+        dataloader: The user's.
+        source: Of the rows.
+        clock: The epoch that runs, which decides on variants; None, also as its answer: every pass is an epoch.
+    """
+
+    def __init__(
+        self, dataloader: DataLoader[Any], source: RowSource, clock: Callable[[], int | None] | None = None
+    ) -> None:
         super().__init__(dataloader)
         self.rows = source
         self._order = BatchOrder(dataloader)
         self._settled = False
+        self._clock = clock
+        self._epoch = -1
 
     def __iter__(self) -> Iterator[Any]:
         source = self.rows
         source.check()
         self.counts = counts = PassCounts()
-        pulled = self._order.begin()
+        now = None if self._clock is None else self._clock()
+        self._epoch = self._epoch + 1 if now is None else now
+        pulled = source.in_turn(self._order.begin(), self._epoch)
         # after one whole pass that computed nothing, workers would only wait; a row that fails is fetched here
         batches: Iterator[_Fetched]
         if self.dataloader.num_workers and not self._settled:

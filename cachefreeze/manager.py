@@ -64,6 +64,8 @@ class CacheManager:
         view: Any = None,
         version: str | None = None,
         assume_deterministic: bool = False,
+        variants: int | None = None,
+        seed: int = 0,
     ) -> CachedLoader:
         """Wrap a DataLoader: the same batches in the same order, with rows in place of the model's inputs.
 
@@ -75,6 +77,9 @@ class CacheManager:
             view: Deterministic transform or dataset to cache in place of the loader's own.
             version: Any text; rows made under another version are not reused.
             assume_deterministic: Skip the probe for randomness.
+            variants: Cache so many seeded draws of every sample of a random dataset or collate function. Every sample
+                goes through all of them before one comes again, in an order of its own.
+            seed: Of the draws of ``variants`` and of their order.
         """
         check_loader(dataloader)
         seen = View.of(
@@ -83,14 +88,21 @@ class CacheManager:
             inputs=inputs,
             view=view,
             assume_deterministic=assume_deterministic,
+            variants=variants,
+            seed=seed,
             padded=self.parts.padded,
         )
         return self.loader_for(dataloader, seen, name, version)
 
     def loader_for(
-        self, dataloader: DataLoader[Any], view: View, name: str | None = None, version: str | None = None
+        self,
+        dataloader: DataLoader[Any],
+        view: View,
+        name: str | None = None,
+        version: str | None = None,
+        clock: Callable[[], int | None] | None = None,
     ) -> CachedLoader:
-        """:meth:`loader` for a view that was taken already."""
+        """:meth:`loader` for a view that was taken already, by the epochs of ``clock``."""
         name = name if name is not None else next_name(self._rows)
         if name in self._rows:
             held = self._rows[name]
@@ -100,7 +112,7 @@ class CacheManager:
             where = self._where if not self._rows else for_another(self._where)
             held = self._new(name, view, where, version or "")
             self._rows[name] = held
-        return CachedLoader(dataloader, held)
+        return CachedLoader(dataloader, held, clock)
 
     def _new(self, name: str, view: View, where: str | Store, version: str) -> StoredRows:
         below = None if self._below is None else self._below._rows.get(name)

@@ -49,7 +49,7 @@ def measure(
     """
     dataloader, view = loaders[0]
     count = min(dataloader.batch_size or 64, len(view))
-    samples = sum(len(seen) for _, seen in loaders)
+    samples = sum(seen.samples for _, seen in loaders)
     began = time.perf_counter()
     raw = view.fetch(range(count))
     fetch = (time.perf_counter() - began) / count
@@ -77,6 +77,7 @@ def measure(
         read=tuple(samples * size * reading for size in sizes),
         write=tuple(samples * size * writing for size in sizes),
         setup=setup,
+        fills=max(len(seen) // seen.samples for _, seen in loaders),
     )
 
 

@@ -20,6 +20,7 @@ class Costs:
         read: Of the rows of each boundary.
         write: Of the rows of each boundary, to the store.
         setup: Of a move, however many samples there are: splitting and verifying.
+        fills: Epochs at a new boundary until all of its rows are there: one, or as many as a sample has variants.
     """
 
     forward: tuple[float, ...]
@@ -27,19 +28,24 @@ class Costs:
     read: tuple[float, ...]
     write: tuple[float, ...]
     setup: float
+    fills: int = 1
 
     def epoch(self, cached: int, frozen: int) -> float:
         """What an epoch spends on frozen blocks and on getting its inputs, when ``cached`` blocks are in the store."""
         inputs = self.fetch if cached == 0 else self.read[cached]
         return inputs + sum(self.forward[cached:frozen])
 
-    def move(self, before: int, after: int) -> float:
-        """What the first epoch at a boundary spends beside that: its rows are made from those before, or filled."""
+    def move(self, before: int, after: int, left: int) -> float:
+        """What the first epochs at a boundary spend beside that: its rows are made from those before, or filled.
+
+        With variants that is their number of epochs, or those that are ``left``: never less than what a move costs, if
+        another one follows before all variants are there.
+        """
         if after == 0:
             return 0.0
         inputs = self.read[before] if 0 < before < after else self.fetch
         start = before if before < after else 0
-        return self.setup + inputs + sum(self.forward[start:after]) + self.write[after]
+        return self.setup + min(self.fills, left) * (inputs + sum(self.forward[start:after]) + self.write[after])
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def best_path(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[in
     places = sorted({0, cached, *frozen})
     # seconds, moves and path of the epochs that follow, for a store at each place
     rest: dict[int, tuple[float, int, tuple[int, ...]]] = dict.fromkeys(places, (0.0, 0, ()))
-    for count in reversed(frozen):
+    for left, count in enumerate(reversed(frozen), 1):
         reached = {
             place: (rest[place][0] + costs.epoch(place, count), rest[place][1], (place, *rest[place][2]))
             for place in places
@@ -86,7 +92,7 @@ def best_path(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[in
         }
         rest = {
             now: min(
-                (seconds + (costs.move(now, place) if place != now else 0.0), moves + (place != now), path)
+                (seconds + (costs.move(now, place, left) if place != now else 0.0), moves + (place != now), path)
                 for place, (seconds, moves, path) in reached.items()
             )
             for now in places

@@ -38,27 +38,28 @@ def check_deterministic(dataset: Any, collate: Callable[[list[Any]], Any]) -> No
     some = sorted({0, count // 2, count - 1})
     with preserved_random_state(), preserved_generators(dataset, collate):
         for index in some:
-            drawn, equal = _drawn_twice(partial(dataset.__getitem__, index), dataset, "dataset")
+            drawn, equal = drawn_twice(partial(dataset.__getitem__, index), dataset, "dataset")
             if drawn or not equal:
                 how = f"draws from {', '.join(drawn)}" if drawn else "returns something else every time"
                 raise RandomSampleError(
                     f"dataset[{index}] {how}, so no single row stands for the sample. Cache a deterministic view: "
-                    f"{view_line(dataset)}; or pass assume_deterministic=True if the draw changes nothing"
+                    f"{view_line(dataset)}; or several draws of every sample: variants=4; or pass "
+                    "assume_deterministic=True if the draw changes nothing"
                 )
         items = [dataset[index] for index in evenly(count, _COLLATED)]
-        drawn, equal = _drawn_twice(partial(_copied, collate, *items), collate, "collate_fn")
+        drawn, equal = drawn_twice(partial(_copied, collate, *items), collate, "collate_fn")
         if drawn or not equal:
             how = f", it draws from {', '.join(drawn)}" if drawn else ""
             raise RandomSampleError(
                 f"the collate function is random (CutMix, MixUp, masking?){how}, so no single row stands for a sample. "
-                "Give the loader a deterministic collate_fn and mix in the training loop; or pass "
-                "assume_deterministic=True"
+                "Give the loader a deterministic collate_fn and mix in the training loop; cache several draws of every "
+                "sample with variants=4 where it does not mix them; or pass assume_deterministic=True"
             )
         _check_rows_of(collate, items)
         _check_rows_of(collate, items[::-1])  # a batch that is sorted would come in the order of one of the two
 
 
-def _drawn_twice(draw: Callable[[], Any], owner: Any, name: str) -> tuple[list[str], bool]:
+def drawn_twice(draw: Callable[[], Any], owner: Any, name: str) -> tuple[list[str], bool]:
     """The random states that two equal draws moved, and whether both gave the same.
 
     A global state counts when the first draw moves it, a generator of the owner's own when the second does: one that is
@@ -108,7 +109,7 @@ def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> Non
         alone = leaves_of(pair)
         for one, many in zip(alone, together, strict=False):
             rows = isinstance(one, Tensor) and isinstance(many, Tensor) and one.dim() and many.dim()
-            if rows and (len(one), len(many)) == (2, len(items)) and not _same_row(one[0], many[position]):
+            if rows and (len(one), len(many)) == (2, len(items)) and not same_row(one[0], many[position]):
                 _refuse_mixing()
 
 
@@ -135,7 +136,7 @@ def view_line(dataset: Any) -> str:
     return f"view=Compose([{', '.join(written)}])" if written else "view=<a deterministic transform>"
 
 
-def _same_row(a: Any, b: Any) -> bool:
+def same_row(a: Any, b: Any) -> bool:
     """Equal up to padding on either side: the common part, from the front or from the back, is equal."""
     if a.dim() != b.dim():
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -168,6 +168,22 @@ class StoredRows:
         self.prefix.check()
         self._watch.check(self.name)
 
+    def in_turn(self, batches: Iterator[Sequence[int]], epoch: int) -> Iterator[Sequence[int]]:
+        """The rows that stand for batches of samples in an epoch.
+
+        Raises:
+            LoaderError: They are not indices of samples.
+        """
+        turns = self.view.turns
+        if turns is None:
+            yield from batches
+            return
+        variant = turns.at(epoch)
+        for batch in batches:
+            samples = index_of(batch)
+            _check_beyond(samples.tolist(), turns.samples)
+            yield (samples + turns.samples * variant[samples]).tolist()
+
     def absent(self, rows: Sequence[int]) -> list[int]:
         """Which of ``rows`` are not stored, each once, in order.
 
@@ -177,15 +193,9 @@ class StoredRows:
         asked = index_of(rows)
         try:
             present = self.store.present(asked).tolist()
-        except StoreError as error:
-            beyond = [row for row in asked.tolist() if not 0 <= row < self.spec.rows]
-            if not beyond:
-                raise
-            raise LoaderError(
-                f"the sampler asked for sample {beyond[0]} of a dataset of {self.spec.rows}: expected 0 to "
-                f"{self.spec.rows - 1}, since a row belongs to one index; correct the sampler, or make the loader "
-                "after the dataset has grown"
-            ) from error
+        except StoreError:
+            _check_beyond(asked.tolist(), self.spec.rows)
+            raise
         if all(present):
             return []
         return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
@@ -402,6 +412,15 @@ def index_of(rows: Sequence[int]) -> Tensor:
             "one index and to nothing beside it; map keys to indices in the dataset, and change samples (their size, "
             "say) behind the boundary or not at all"
         ) from error
+
+
+def _check_beyond(asked: Sequence[int], samples: int) -> None:
+    beyond = [index for index in asked if not 0 <= index < samples]
+    if beyond:
+        raise LoaderError(
+            f"the sampler asked for sample {beyond[0]} of a dataset of {samples}: expected 0 to {samples - 1}, since a "
+            "row belongs to one index; correct the sampler, or make the loader after the dataset has grown"
+        )
 
 
 def _own_shape(tensor: BoundaryTensor) -> tuple[int | str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from cachefreeze.batches import BatchLayout, Inputs, lists_samples
+from cachefreeze.batches import BatchLayout, Inputs, joined, lists_samples
 from cachefreeze.errors import BatchDependentError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import preserved_generators
@@ -24,6 +24,7 @@ from cachefreeze.probing import check_deterministic, collated
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.sample_keys import Keyed, described, keyed, listed_labels
 from cachefreeze.tracing import Example
+from cachefreeze.variants import Turns, Variants, draw_variants
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class View:
         ragged: How long each sample is, where samples have different lengths.
         source: The loader's own dataset; another one under ``view=``.
         listed: The items, where batches are lists with one entry a sample.
+        turns: Which of its rows stands for a sample in an epoch, where each has several (``variants=``).
     """
 
     dataset: Any
@@ -45,6 +47,7 @@ class View:
     ragged: RaggedSamples | None = None
     source: Any = None
     listed: ListedSamples | None = None
+    turns: Turns | None = None
 
     @classmethod
     def of(
@@ -55,6 +58,8 @@ class View:
         inputs: Inputs = None,
         view: Any = None,
         assume_deterministic: bool = False,
+        variants: int | None = None,
+        seed: int = 0,
         padded: frozenset[tuple[int, int]] = frozenset(),
     ) -> View:
         """Take the samples of a DataLoader, or of ``view``, and refuse what no single row can stand for.
@@ -65,8 +70,17 @@ class View:
             inputs: What the model consumes; see :class:`cachefreeze.batches.BatchLayout`.
             view: A deterministic transform or dataset in place of the loader's own.
             assume_deterministic: Skip the probe for randomness.
+            variants: Seeded draws of every sample in place of one.
+            seed: Of the draws.
             padded: Input leaves and their dimensions that are known to be padded.
         """
+        if variants is not None:
+            if view is not None or assume_deterministic:
+                other = "view=" if view is not None else "assume_deterministic=True"
+                raise UsageError(
+                    f"variants= caches random draws and {other} says that there are none: give one of them"
+                )
+            return cls._of_variants(dataloader, arguments, inputs, variants, seed)
         dataset = deterministic_view(dataloader.dataset, view)
         collate: Any = dataloader.collate_fn
         if not assume_deterministic:
@@ -88,8 +102,31 @@ class View:
         check_batch_dims(made)
         return made
 
+    @classmethod
+    def _of_variants(
+        cls, dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs, count: int, seed: int
+    ) -> View:
+        """The draws of a random loader's samples, each a row of its own."""
+        source: Any = dataloader.dataset
+        collate: Any = dataloader.collate_fn
+        drawn = draw_variants(source, collate, count, seed)
+        layout = BatchLayout(drawn[0], inputs, arguments)
+        if varying(lambda row: drawn[row], layout, len(drawn)):
+            raise UsageError(
+                "variants= is for samples of one size, and draws of these differ in theirs: crop or pad to one size in "
+                "the dataset or the collate function"
+            )
+        made = cls(drawn, joined, layout, source=source, turns=Turns(len(source), count, seed))
+        check_batch_dims(made)
+        return made
+
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are; each has one row, or as many as it has variants."""
+        return len(self) if self.turns is None else self.turns.samples
 
     def fetch(self, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None = None) -> Any:
         """The collated raw batch of some samples. Random states are as before afterwards.
@@ -123,7 +160,8 @@ class View:
     @cached_property
     def made_of(self) -> Keyed | None:
         """What the samples are made of, one by one, when this was first asked; None where that cannot be told."""
-        return keyed(self.dataset) if self.ragged is None and self.listed is None else None
+        single = self.ragged is None and self.listed is None and self.turns is None
+        return keyed(self.dataset) if single else None
 
     def identity(self) -> dict[str, str]:
         """Fingerprint fields of the data: what the dataset is made of, and the content of some samples.
@@ -140,12 +178,14 @@ class View:
         batch = self.fetch(evenly(count, _DIGESTED))
         made_of = self.made_of
         consumed = self.layout.example(batch)
+        drawn = self.dataset if isinstance(self.dataset, Variants) else None
+        dataset, collate = (self.dataset, self.collate_fn) if drawn is None else (drawn.dataset, drawn.collate_fn)
         return {
-            "samples": f"{count}",
+            "samples": f"{count}" if drawn is None else f"{len(dataset)}, {drawn.count} variants, seed {drawn.seed}",
             "inputs": digest((consumed.args, consumed.kwargs)),
-            "labels": digest([self.layout.field_tensors(batch), listed_labels(self.dataset)]),
-            "dataset": digest(described(self.dataset) if made_of is None else made_of.rest),
-            "collate": digest(self.collate_fn),
+            "labels": digest([self.layout.field_tensors(batch), listed_labels(dataset)]),
+            "dataset": digest(described(dataset) if made_of is None else made_of.rest),
+            "collate": digest(collate),
             **({} if made_of is None else {"rows": digest(made_of.keys)}),
         }
 

@@ -43,7 +43,7 @@ class SampleWatch:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._count = len(view)
+        self._count, self._samples = len(view), view.samples
         self._lists = self._listed()
         before = self._bound()  # holds the objects: another one cannot take the address of one of them meanwhile
         self._content = {index: self._sample(index) for index in evenly(self._count, _KNOWN)}
@@ -71,7 +71,8 @@ class SampleWatch:
 
     def _changed(self) -> str:
         if len(self._view) != self._count:
-            return f"there are {len(self._view)} samples, there were {self._count}"
+            each = self._count // self._samples
+            return f"there are {len(self._view) // each} samples, there were {self._samples}"
         lists = self._listed()
         for where in sorted(lists.keys() | self._lists.keys()):
             if lists.get(where) != self._lists.get(where):
@@ -114,7 +115,8 @@ class SampleWatch:
 
     def _datasets(self) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
-        yield from _within(self._view.dataset, "dataset", seen)
+        if self._view.turns is None:
+            yield from _within(self._view.dataset, "dataset", seen)
         # under view= the loader's own dataset is another one, whose labels the user knows
         yield from _within(self._view.source, "dataset", seen)
 

@@ -68,6 +68,24 @@ def test_every_cache_gives_the_same_figures(capfd, tmp_path):
     assert [e["source"] for e in reports[0]["epochs"]] == ["frozen"] * 3
 
 
+def test_variants(capfd, tmp_path):
+    """Two draws of every digit, each filled in the epoch that needs it first; a fill makes all of them."""
+    words = ("--variants", 2, "--cache", "hdf5", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "out")
+    status, _, err = run(capfd, "train", "--epochs", 4, *words)
+    assert (status, err) == (0, "")
+    report = read(tmp_path / "out" / "report.json")
+    assert [e["source"] for e in report["epochs"]] == ["fill", "fill", "cached", "cached"]
+    assert [e["rows_computed"] for e in report["epochs"]] == [717, 717, 0, 0]
+    assert "train: 0 of 1434 rows computed" in run(capfd, "fill", *words)[1]
+    again = tmp_path / "again"
+    assert run(capfd, "train", "--epochs", 2, *words[:-2], "--out", again)[0] == 0
+    assert run(capfd, "train", "--epochs", 4, *words[:-2], "--out", again, "--resume")[0] == 0
+    assert losses(read(again / "report.json")) == losses(report), "a resumed run goes on with the same draws"
+    status, _, err = run(capfd, "train", "--epochs", 4, *words[:-2], "--variants", 3, "--out", again, "--resume")
+    assert status == 2
+    assert "variants: 2 -> 3" in err
+
+
 def test_a_second_run_reuses_the_file_and_any_change_of_weights_does_not(capfd, tmp_path, caplog):
     words = ("train", "--epochs", 2, "--cache", "hdf5", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "out")
     run(capfd, *words)
@@ -274,7 +292,8 @@ def misfit(tmp_path):
         (lambda _: ("train", "--device", "tpu9"), "--device"),
         (lambda _: ("train", "--cache", "tape"), "--cache"),
         (lambda t: ("train", "--schedule", t / "no.yaml"), "no.yaml"),
-        (lambda _: ("train", "--variants", "4"), "--variants"),
+        (lambda _: ("train", "--variants", "1"), "2 or more"),
+        (lambda _: ("train", "--variants", "4", "--cache", "off"), "--cache is off"),
         (lambda _: ("plan",), "plan"),
         (lambda t: ("info", t / "nothing.h5"), "nothing.h5"),
         (lambda t: ("verify", t / "nothing.h5"), "nothing.h5"),

@@ -163,7 +163,7 @@ def told(seconds, *, setup=0.0, fill=None):
 
 
 def test_figures_from_times():
-    """Medians; ratios within a round; a break-even where setup and fill are earned back; never where nothing is saved."""
+    """Medians; ratios within a round; a break-even once setup and fill are earned back; never if nothing is saved."""
     timed = job(epochs=4)
     variants = {
         "frozen": told([2.0, 10.0, 2.0]),

@@ -31,7 +31,7 @@ def test_signatures():
     assert names(cf.blocks) == ["model", "example_inputs"]
     assert names(cf.split) == ["model", "example_inputs", "train_from"]
     assert names(cf.Engine) == ["model", "store", "schedule", "moves", "autocast", "dtype", "prefix"]
-    loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic"]
+    loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic", "variants", "seed"]
     assert names(cf.Engine.loader) == loader
     assert names(cf.CacheManager.loader) == loader
     assert names(cf.Engine.attach) == ["optimizer"]
@@ -42,7 +42,7 @@ def test_signatures():
 
 JOB = [
     "--data", "--model", "--weights", "--train-from", "--train-last", "--batch-size", "--image-size", "--seed",
-    "--device", "--cache", "--cache-dir", "--cache-dtype", "--out",
+    "--device", "--cache", "--cache-dir", "--cache-dtype", "--variants", "--out",
 ]  # fmt: skip
 
 

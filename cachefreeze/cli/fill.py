@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fill(cache: CacheManager, name: str, loader: CachedLoader) -> None:
     began = time.perf_counter()
-    with tqdm(total=len(loader.dataset), desc=f"fill {name}", leave=False, disable=None) as bar:
+    with tqdm(total=cache.info()[name]["rows"], desc=f"fill {name}", leave=False, disable=None) as bar:
 
         def advance(rows: int) -> None:
             bar.update(rows)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import cachefreeze as cf
 from cachefreeze.cli import schedules
+from cachefreeze.cli.augmentation import Augmented
 from cachefreeze.cli.data import Data, load_data
 from cachefreeze.cli.digits import PRETRAIN_CLASSES, DigitsCNN, pretrain
 from cachefreeze.cli.models import DIGITS_MODEL, build_model
@@ -47,6 +48,14 @@ def positive(text: str) -> int:
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def draws(text: str) -> int:
+    """How many random draws of a sample are kept: 2 or more."""
+    value = _whole(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected 2 or more, got {value}; without the option nothing is random")
     return value
 
 
@@ -86,6 +95,9 @@ def add_arguments(
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="of hdf5 caches (default: OUT/cache)")
     parser.add_argument(
         "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
+    )
+    parser.add_argument(
+        "--variants", type=draws, metavar="K", help="augment the training images, and cache K draws of each"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
 
@@ -129,6 +141,8 @@ def make_job(args: argparse.Namespace) -> Job:
     device = device_of(args.device)
     if args.cache == "device" and device.type == "cpu":
         raise UsageError("--cache device keeps rows in GPU memory, and --device is cpu; use --cache host")
+    if args.variants is not None and args.cache == "off":
+        raise UsageError("--variants says how many draws are cached, and --cache is off; leave one of them out")
     data = load_data(args.data, image_size=args.image_size)
     name = model_name(args, data)
     out = args.out if args.out is not None else Path("runs") / f"{data.name}-{name}"
@@ -140,13 +154,14 @@ def make_job(args: argparse.Namespace) -> Job:
     make_folder(out)
     engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype)
     order = torch.Generator().manual_seed(args.seed)
-    train = DataLoader(data.train, args.batch_size, shuffle=True, generator=order)
+    images = data.train if args.variants is None else Augmented(data.train, flip=data.name != "digits")
+    train = DataLoader(images, args.batch_size, shuffle=True, generator=order)
     val = DataLoader(data.val, args.batch_size, generator=torch.Generator())
     return Job(
         data=data,
         model=model,
         engine=engine,
-        train=engine.loader(train, name="train", version=data.name),
+        train=engine.loader(train, name="train", version=data.name, variants=args.variants, seed=args.seed),
         val=engine.loader(val, name="val", version=data.name),
         out=out,
     )
@@ -165,6 +180,7 @@ def configuration(args: argparse.Namespace, job: Job) -> Mapping[str, str]:
         "lr": repr(args.lr),
         "seed": str(args.seed),
         "weights": Path(args.weights).name if args.weights else "random",
+        "variants": str(args.variants),
     }
 
 
