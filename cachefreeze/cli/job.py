@@ -97,6 +97,12 @@ def add_arguments(
     parser.add_argument(
         "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
     )
+    parser.add_argument(
+        "--prefix",
+        choices=("exact", "optimized", "optimized:bfloat16", "optimized:float16"),
+        default="exact",
+        help="optimized: rows from a faster copy of the frozen part, within a tolerance (default exact)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
 
 
@@ -133,7 +139,7 @@ def make_job(args: argparse.Namespace) -> Job:
     if schedule is None:
         _freeze(model, args, data)
     make_folder(out)
-    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype)
+    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype, prefix=args.prefix)
     order = torch.Generator().manual_seed(args.seed)
     train = DataLoader(data.train, args.batch_size, shuffle=True, generator=order)
     val = DataLoader(data.val, args.batch_size, generator=torch.Generator())
