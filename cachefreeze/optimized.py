@@ -25,12 +25,14 @@ from cachefreeze.tracing import Example
 _LOG = logging.getLogger("cachefreeze")
 
 # Samples that are measured with: so small a share of the rows to be made, but enough to tell an error.
-_MEASURED_SHARE = 1 / 32
-_MEASURED_SAMPLES = (8, 32)
+_MEASURED_SHARE = 1 / 64
+_MEASURED_SAMPLES = (8, 16)
+# Measuring costs what 30 to 40 exact rows do, and may save half of the rest: fewer rows than this cannot pay for it.
+_FEWEST_ROWS = 128
 # Samples at a time that are tried on a CPU. Activations of a whole batch are mapped and unmapped at every layer, which
 # was 57 % of the time at 64 samples; on a GPU the whole batch is best.
 _FIRST_SIZE = 8
-_OTHER_SIZES = (4, 16, 32)
+_OTHER_SIZES = (4, 16)
 # Below this a gain is noise, and exact rows are worth more.
 _WORTHWHILE = 1.05
 # Compiling a vision model takes about a minute of two cores and saves at most a third of the time: a shorter fill
@@ -40,7 +42,7 @@ _COMPILE_FROM_SECONDS = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How rows are made, and what was measured to decide so. Seconds are of one sample.
+    """How rows are made, and what was measured to decide so: nothing where ``samples`` is 0. Seconds are of one sample.
 
     Attributes:
         form: Of the copy; None: the exact prefix.
@@ -51,14 +53,14 @@ class Choice:
         declined: What was tried or considered and not taken, and why.
     """
 
-    form: Form | None
-    size: int | None
-    folded: int
-    seconds: float
-    exact_seconds: float
-    error: float
+    form: Form | None = None
+    size: int | None = None
+    folded: int = 0
+    seconds: float = 0.0
+    exact_seconds: float = 0.0
+    error: float = 0.0
     tolerance: float
-    samples: int
+    samples: int = 0
     declined: tuple[str, ...]
 
     @property
@@ -68,6 +70,8 @@ class Choice:
 
     def facts(self) -> dict[str, Any]:
         """For reports."""
+        if not self.samples:
+            return {"choice": "exact", "tolerance": self.tolerance, "declined": list(self.declined)}
         return {
             "choice": "exact" if self.form is None else f"{self.folded} batch norms folded, {self.form}",
             **{key: value for key, value in asdict(self).items() if key not in ("form", "declined")},
@@ -125,14 +129,21 @@ class OptimizedPrefix(FrozenPrefix):
         self._copy = None
 
     def _choose(self, example: Example, count: int) -> None:
+        if self.rows_ahead < _FEWEST_ROWS:
+            few = f"only {self.rows_ahead} rows were to be computed"
+            self._take(Choice(tolerance=self.tolerance, declined=(few,)), None)
+            return
         samples = count
         if self.device.type == "cpu":
             fewest, most = _MEASURED_SAMPLES
             samples = min(count, max(fewest, min(most, int(self.rows_ahead * _MEASURED_SHARE))))
         trial = _Trial(self, example.take([i % count for i in range(max(samples, 2))]), self._wanted)
         best = trial.best(self.rows_ahead)
-        choice = best.choice(trial)
-        self._choice, self._copy = choice, best.copy
+        self._take(best.choice(trial), best.copy)
+
+    def _take(self, choice: Choice, made: InferenceCopy | None) -> None:
+        """Make rows this way from now on, and say so."""
+        self._choice, self._copy = choice, made
         self._own_portions = Portions(choice.size)
         refused = any(reason.startswith("refused") for reason in choice.declined)
         level = logging.WARNING if refused else logging.INFO
@@ -177,23 +188,21 @@ class _Trial:
         self._prefix = prefix
         self._some = some
         self._wanted = wanted
-        prefix.exact(some.take([0, 1]), 2)  # the first call of a shape is slower
-        began = time.perf_counter()
-        self._rows = prefix.exact(some.fresh(), self.count)
-        self._wait()
-        self.exact = _Candidate(None, None, (time.perf_counter() - began) / self.count, 0.0)
+        self._rows = prefix.exact(some.fresh(), self.count)  # the first call of a shape is slower, and not timed
+        self.exact = _Candidate(None, None, self._timed(prefix.parts.prefix, None)[0], 0.0)
 
     def best(self, rows_ahead: int) -> _Candidate:
         """The fastest candidate within the tolerance."""
         on_cpu = self._prefix.device.type == "cpu"
         size = min(_FIRST_SIZE, self.count) if on_cpu else None
-        found = [self._measured(None, size)] if on_cpu else []
+        found: list[_Candidate | None] = []
         first = self._form(Form(dtype=self._wanted.dtype), size, found)
         if first is not None and first.has_convolutions:
             self._form(Form(dtype=self._wanted.dtype, channels_last=True), size, found)
         best = self._fastest(found)
-        if best is not self.exact and on_cpu:
+        if on_cpu:
             sizes = [other for other in _OTHER_SIZES if other <= self.count]
+            sizes += [_FIRST_SIZE] if best is self.exact and self.count > _FIRST_SIZE else []
             best = self._fastest([best, *(self._measured(best.copy, other) for other in sizes)])
         best = self._compiled(best, rows_ahead)
         if self.exact.seconds < _WORTHWHILE * best.seconds:
@@ -226,20 +235,25 @@ class _Trial:
         return self._fastest(found)
 
     def _measured(self, made: InferenceCopy | None, size: int | None) -> _Candidate | None:
-        """The faster of two runs; None where an error is beyond the tolerance."""
+        """Timed once it is warm, and compared; None where its error is beyond the tolerance."""
         target: Callable[..., Any] = self._prefix.parts.prefix if made is None else made
-        seconds, error = [], 0.0
-        for _ in range(2):
-            given = self._some.fresh()
-            began = time.perf_counter()
-            rows = self._prefix._run(target, given, self.count, Portions(size))
-            self._wait()
-            seconds.append((time.perf_counter() - began) / self.count)
-            error = max(error, relative_error(self._prefix.parts.boundary.tensors, self._rows, rows))
+        warm = self.count if size is None else size
+        self._prefix._run(target, self._some.take(list(range(warm))), warm, Portions(size))
+        seconds, rows = self._timed(target, size)
+        error = relative_error(self._prefix.parts.boundary.tensors, self._rows, rows)
         if error > self.tolerance:
             self._refuse("exact" if made is None else made.form, f"error {error:.1e} beyond {self.tolerance:.0e}")
             return None
-        return _Candidate(made, size, min(seconds), error)
+        return _Candidate(made, size, seconds, error)
+
+    def _timed(self, target: Callable[..., Any], size: int | None) -> tuple[float, list[Tensor]]:
+        """Seconds of a sample, and the activations."""
+        given = self._some.fresh()
+        self._wait()
+        began = time.perf_counter()
+        rows = self._prefix._run(target, given, self.count, Portions(size))
+        self._wait()
+        return (time.perf_counter() - began) / self.count, rows
 
     def _fastest(self, found: list[_Candidate | None]) -> _Candidate:
         return min((c for c in found if c is not None), key=lambda c: c.seconds, default=self.exact)

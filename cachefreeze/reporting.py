@@ -127,7 +127,7 @@ def short_bytes(nbytes: int, unit_of: int | None = None) -> str:
 def prefix_line(facts: Mapping[str, Any]) -> str:
     """``prefix: 52 batch norms folded, channels_last, …``: how an optimized prefix makes rows, and what it gains."""
     if "gain" not in facts:
-        return "prefix: no row was computed, so nothing was chosen"
+        return "; ".join([f"prefix: {facts['choice']}", *facts.get("declined", ["no row was computed so far"])])
     at_once = "" if facts["size"] is None else f", {facts['size']} samples at a time"
     return (
         f"prefix: {facts['choice']}{at_once}: {facts['gain']:.2f} times as fast as exact, error {facts['error']:.1e} "

@@ -92,6 +92,11 @@ def error_of(parts, form=None):
     return relative_error(parts.boundary.tensors, [exact], list(found(images(6)))), found
 
 
+@pytest.fixture(autouse=True)
+def few_rows_suffice(monkeypatch):
+    monkeypatch.setattr(optimized, "_FEWEST_ROWS", 0)
+
+
 @pytest.fixture
 def never_exact(monkeypatch):
     """The choice without its noise: on inputs this small an exact prefix may well be the fastest."""
@@ -295,6 +300,17 @@ def test_a_prefix_that_cannot_be_copied_stays_exact(caplog):
     assert facts["choice"] == "exact"
     assert "refused as it is: RuntimeError: holds a file" in facts["declined"]
     assert "holds a file" in caplog.text
+
+
+def test_a_few_rows_are_exact_without_a_measurement(monkeypatch):
+    """Measuring would cost more than it saves."""
+    monkeypatch.setattr(optimized, "_FEWEST_ROWS", COUNT + 1)
+    parts = parts_of(made())
+    manager = cf.CacheManager(parts, "host", prefix="optimized")
+    found = torch.cat([rows.tensors[0] for rows, _ in manager.loader(DataLoader(dataset(), BATCH))])
+    assert torch.equal(found, parts.prefix(images()))
+    declined = ["only 40 rows were to be computed"]
+    assert manager.made_by == {"choice": "exact", "tolerance": 1e-3, "declined": declined}
 
 
 def test_a_batch_of_one_can_be_the_first(never_exact):
