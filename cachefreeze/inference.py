@@ -105,11 +105,12 @@ class Form:
 
     def __str__(self) -> str:
         words = [
+            "folded",
             "" if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "channels_last" if self.channels_last else "",
             "compiled" if self.compiled else "",
         ]
-        return ", ".join(word for word in words if word) or "as it is"
+        return ", ".join(word for word in words if word)
 
 
 class InferenceCopy:
@@ -128,7 +129,6 @@ class InferenceCopy:
     """
 
     def __init__(self, parts: Parts, form: Form, example: Example) -> None:
-        self.form = form
         self._tensors = parts.boundary.tensors
         self._kind: _FxCopy | _ReplayCopy
         if isinstance(parts.prefix, Prefix):
@@ -137,11 +137,22 @@ class InferenceCopy:
             self._kind = _ReplayCopy(parts)
         _unlock(self._kind.root)
         self.folded = _fold(self._kind, example.take([0, 1]).fresh())
+        self._eager = self._kind.prefix()
+        self.become(form)
+
+    def become(self, form: Form) -> None:
+        """Take another form; what a half precision has lost does not come back.
+
+        Raises:
+            Exception: As when it is made; it then has its weights in that form, and is not compiled.
+        """
+        self.form = form
+        self._compiled: nn.Module | None = None
+        self._compiled_size: int | None = None
         for owner, name, tensor in self._kind.own_tensors():
             owner[name] = _like(tensor, self._convert(tensor.detach()))
-        self._eager = self._kind.prefix()
-        self._compiled_size: int | None = None
-        self._compiled = self._kind.compiled() if form.compiled else None
+        if form.compiled:
+            self._compiled = self._kind.compiled()
 
     @property
     def has_convolutions(self) -> bool:
@@ -170,8 +181,8 @@ class InferenceCopy:
         if not tensor.is_floating_point():
             return tensor
         tensor = tensor if self.form.dtype is None else tensor.to(self.form.dtype)
-        last = _CHANNELS_LAST.get(tensor.dim()) if self.form.channels_last else None
-        return tensor if last is None else tensor.contiguous(memory_format=last)
+        last = _CHANNELS_LAST.get(tensor.dim(), torch.contiguous_format)
+        return tensor.contiguous(memory_format=last if self.form.channels_last else torch.contiguous_format)
 
 
 class _FxCopy:

@@ -31,8 +31,8 @@ _MEASURED_SAMPLES = (8, 16)
 _FEWEST_ROWS = 128
 # Samples at a time that are tried on a CPU. Activations of a whole batch are mapped and unmapped at every layer, which
 # was 57 % of the time at 64 samples; on a GPU the whole batch is best.
+_SIZES = (4, 8, 16)
 _FIRST_SIZE = 8
-_OTHER_SIZES = (4, 16)
 # Below this a gain is noise, and exact rows are worth more.
 _WORTHWHILE = 1.05
 # Compiling a vision model takes about a minute of two cores and saves at most a third of the time: a shorter fill
@@ -73,7 +73,7 @@ class Choice:
         if not self.samples:
             return {"choice": "exact", "tolerance": self.tolerance, "declined": list(self.declined)}
         return {
-            "choice": "exact" if self.form is None else f"{self.folded} batch norms folded, {self.form}",
+            "choice": "exact" if self.form is None else f"{self.folded} batch norms {self.form}",
             **{key: value for key, value in asdict(self).items() if key not in ("form", "declined")},
             "gain": self.gain,
             "declined": list(self.declined),
@@ -138,8 +138,8 @@ class OptimizedPrefix(FrozenPrefix):
             fewest, most = _MEASURED_SAMPLES
             samples = min(count, max(fewest, min(most, int(self.rows_ahead * _MEASURED_SHARE))))
         trial = _Trial(self, example.take([i % count for i in range(max(samples, 2))]), self._wanted)
-        best = trial.best(self.rows_ahead)
-        self._take(best.choice(trial), best.copy)
+        choice = trial.choose()
+        self._take(choice, trial.copy)
 
     def _take(self, choice: Choice, made: InferenceCopy | None) -> None:
         """Make rows this way from now on, and say so."""
@@ -150,119 +150,133 @@ class OptimizedPrefix(FrozenPrefix):
         _LOG.log(level, "%r: %s", self.parts.boundary.name, prefix_line(choice.facts()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Candidate:
     """One way of making rows that was measured and found within the tolerance."""
 
-    copy: InferenceCopy | None
+    form: Form | None
     size: int | None
     seconds: float
     error: float
 
-    def choice(self, trial: _Trial) -> Choice:
-        return Choice(
-            form=None if self.copy is None else self.copy.form,
-            size=self.size,
-            folded=0 if self.copy is None else self.copy.folded,
-            seconds=self.seconds,
-            exact_seconds=trial.exact.seconds,
-            error=self.error,
-            tolerance=trial.tolerance,
-            samples=trial.count,
-            declined=tuple(dict.fromkeys(trial.declined)),
-        )
-
 
 class _Trial:
-    """Measures candidates on one batch of real samples and compares each with the exact prefix.
+    """Measures ways of making rows on one batch of real samples and compares each with the exact prefix.
 
     Attributes:
-        exact: The exact prefix on all samples at once.
-        declined: Reasons, as they come up.
+        copy: Of the prefix, once the choice is made in the form chosen; None where that is the exact prefix.
     """
 
     def __init__(self, prefix: OptimizedPrefix, some: Example, wanted: Optimized) -> None:
-        self.count = some.batch
-        self.tolerance = prefix.tolerance
-        self.declined: list[str] = []
+        self.copy: InferenceCopy | None = None
         self._prefix = prefix
         self._some = some
         self._wanted = wanted
-        self._rows = prefix.exact(some.fresh(), self.count)  # the first call of a shape is slower, and not timed
-        self.exact = _Candidate(None, None, self._timed(prefix.parts.prefix, None)[0], 0.0)
+        self._on_cpu = prefix.device.type == "cpu"
+        self._first_size = min(_FIRST_SIZE, some.batch) if self._on_cpu else None
+        self._declined: list[str] = []
+        self._rows = prefix.exact(some.fresh(), some.batch)  # the first call of a shape is slower, and not timed
+        self._exact = _Candidate(form=None, size=None, seconds=self._timed(prefix.parts.prefix, None)[0], error=0.0)
 
-    def best(self, rows_ahead: int) -> _Candidate:
+    def choose(self) -> Choice:
+        """Measure, and leave the copy in the form of the best candidate."""
+        best = self._best()
+        if best.form is None:
+            self.copy = None
+        elif self.copy is not None and self.copy.form != best.form:
+            self.copy.become(best.form)
+        return Choice(
+            form=best.form,
+            size=best.size,
+            folded=0 if self.copy is None else self.copy.folded,
+            seconds=best.seconds,
+            exact_seconds=self._exact.seconds,
+            error=best.error,
+            tolerance=self._prefix.tolerance,
+            samples=self._some.batch,
+            declined=tuple(self._declined),
+        )
+
+    def _best(self) -> _Candidate:
         """The fastest candidate within the tolerance."""
-        on_cpu = self._prefix.device.type == "cpu"
-        size = min(_FIRST_SIZE, self.count) if on_cpu else None
-        found: list[_Candidate | None] = []
-        first = self._form(Form(dtype=self._wanted.dtype), size, found)
-        if first is not None and first.has_convolutions:
-            self._form(Form(dtype=self._wanted.dtype, channels_last=True), size, found)
-        best = self._fastest(found)
-        if on_cpu:
-            sizes = [other for other in _OTHER_SIZES if other <= self.count]
-            sizes += [_FIRST_SIZE] if best is self.exact and self.count > _FIRST_SIZE else []
-            best = self._fastest([best, *(self._measured(best.copy, other) for other in sizes)])
-        best = self._compiled(best, rows_ahead)
-        if self.exact.seconds < _WORTHWHILE * best.seconds:
-            self.declined.append("no other way was faster by 5 %")
-            return self.exact
+        found: list[_Candidate] = []
+        for dtype in dict.fromkeys([self._wanted.dtype, None]):
+            found += self._forms(dtype) if not found else []
+        best = self._fastest([self._exact, *found])
+        if self._on_cpu:
+            sizes = {size for size in _SIZES if size <= self._some.batch} - {best.size}
+            best = self._fastest([best, *(c for size in sorted(sizes) for c in self._measured(best.form, size))])
+        best = self._fastest([best, *self._when_compiled(best)])
+        if self._exact.seconds < _WORTHWHILE * best.seconds:
+            self._declined.append("no other way was faster by 5 %")
+            return self._exact
         return best
 
-    def _form(self, form: Form, size: int | None, found: list[_Candidate | None]) -> InferenceCopy | None:
-        """Try one form; what may be wrong with a copy of somebody's modules is anything."""
+    def _forms(self, dtype: torch.dtype | None) -> list[_Candidate]:
+        """Of a copy in some dtype; what may be wrong with a copy of somebody's modules is anything."""
+        form = Form(dtype=dtype)
         try:
-            made = InferenceCopy(self._prefix.parts, form, self._some)
-            found.append(self._measured(made, size))
+            self.copy = InferenceCopy(self._prefix.parts, form, self._some)
         except Exception as error:
-            self._refuse(form, "".join(f"{type(error).__name__}: {error}".splitlines()[:1]))
-            return None
-        return made
+            self._refuse(form, error)
+            return []
+        changes = self.copy.folded > 0 or dtype is not None
+        last = [replace(form, channels_last=True)] if self.copy.has_convolutions else []
+        tried = [form, *last] if changes else [None, *last]  # nothing folded: a copy as it is would be the exact prefix
+        return [candidate for form in tried for candidate in self._measured(form, self._first_size)]
 
-    def _compiled(self, best: _Candidate, rows_ahead: int) -> _Candidate:
-        """The best candidate compiled, where that may pay and is faster."""
-        if best.copy is None or self._wanted.compile is False:
-            return best
-        if self._wanted.compile is None and rows_ahead * best.seconds < _COMPILE_FROM_SECONDS:
-            self.declined.append(f"not compiled: the fill is predicted to take {rows_ahead * best.seconds:.0f} s")
-            return best
-        found: list[_Candidate | None] = [best]
+    def _when_compiled(self, best: _Candidate) -> list[_Candidate]:
+        """The best candidate compiled, where that may pay."""
+        if best.form is None or self._wanted.compile is False:
+            return []
+        predicted = self._prefix.rows_ahead * best.seconds
+        if self._wanted.compile is None and predicted < _COMPILE_FROM_SECONDS:
+            self._declined.append(f"not compiled: the fill is predicted to take {predicted:.0f} s")
+            return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own compiler
-            # of the best one's size; portions of other sizes are not compiled for
-            self._form(replace(best.copy.form, compiled=True), best.size, found)
-        return self._fastest(found)
+            return self._measured(replace(best.form, compiled=True), best.size)
 
-    def _measured(self, made: InferenceCopy | None, size: int | None) -> _Candidate | None:
-        """Timed once it is warm, and compared; None where its error is beyond the tolerance."""
-        target: Callable[..., Any] = self._prefix.parts.prefix if made is None else made
-        warm = self.count if size is None else size
-        self._prefix._run(target, self._some.take(list(range(warm))), warm, Portions(size))
-        seconds, rows = self._timed(target, size)
-        error = relative_error(self._prefix.parts.boundary.tensors, self._rows, rows)
-        if error > self.tolerance:
-            self._refuse("exact" if made is None else made.form, f"error {error:.1e} beyond {self.tolerance:.0e}")
-            return None
-        return _Candidate(made, size, seconds, error)
+    def _measured(self, form: Form | None, size: int | None) -> list[_Candidate]:
+        """One candidate, timed once it is warm and compared; none where it fails or its error is too large."""
+        try:
+            if form is None or self.copy is None:
+                target: Callable[..., Any] = self._prefix.parts.prefix
+            else:
+                target = self.copy
+                if self.copy.form != form:
+                    self.copy.become(form)
+            warm = self._some.batch if size is None else size
+            self._prefix._run(target, self._some.take(list(range(warm))), warm, Portions(size))
+            seconds, rows = self._timed(target, size)
+        except Exception as error:  # a compiler that is not there, an op that has no kernel for a dtype
+            self._refuse(form, error)
+            return []
+        off = relative_error(self._prefix.parts.boundary.tensors, self._rows, rows)
+        if off > self._prefix.tolerance:
+            self._refuse(form, f"error {off:.1e} beyond {self._prefix.tolerance:.0e}")
+            return []
+        return [_Candidate(form=form, size=size, seconds=seconds, error=off)]
 
     def _timed(self, target: Callable[..., Any], size: int | None) -> tuple[float, list[Tensor]]:
         """Seconds of a sample, and the activations."""
         given = self._some.fresh()
         self._wait()
         began = time.perf_counter()
-        rows = self._prefix._run(target, given, self.count, Portions(size))
+        rows = self._prefix._run(target, given, self._some.batch, Portions(size))
         self._wait()
-        return (time.perf_counter() - began) / self.count, rows
+        return (time.perf_counter() - began) / self._some.batch, rows
 
-    def _fastest(self, found: list[_Candidate | None]) -> _Candidate:
-        return min((c for c in found if c is not None), key=lambda c: c.seconds, default=self.exact)
+    @staticmethod
+    def _fastest(found: list[_Candidate]) -> _Candidate:
+        return min(found, key=lambda candidate: candidate.seconds)
 
-    def _refuse(self, form: Form | str, reason: str) -> None:
-        self.declined.append(f"refused {form}: {reason}")
+    def _refuse(self, form: Form | None, why: Exception | str) -> None:
+        first = "".join((why if isinstance(why, str) else f"{type(why).__name__}: {why}").splitlines()[:1])
+        self._declined.append(f"refused {'exact' if form is None else form}: {first}")
 
     def _wait(self) -> None:
-        if self._prefix.device.type == "cuda":
+        if not self._on_cpu:
             torch.cuda.synchronize(self._prefix.device)  # needs CUDA
 
 

@@ -277,14 +277,24 @@ def test_rows_are_within_the_tolerance_and_the_choice_is_reported(never_exact, c
 
 def test_an_error_beyond_the_tolerance_gives_exact_rows_and_says_so(caplog):
     parts = parts_of(made())
-    manager = cf.CacheManager(parts, "host", prefix=cf.Optimized(dtype=torch.bfloat16, tolerance=1e-6))
+    manager = cf.CacheManager(parts, "host", prefix=cf.Optimized(dtype=torch.bfloat16, tolerance=1e-12))
     loader = manager.loader(DataLoader(dataset(), BATCH))
     found = torch.cat([rows.tensors[0] for rows, _ in loader])
     assert relative_error(parts.boundary.tensors, [parts.prefix(images())], [found]) < 1e-6
     facts = manager.info()["train"]["prefix"]
     assert facts["choice"] == "exact"
-    assert any(r.startswith("refused bfloat16: error ") and r.endswith("beyond 1e-06") for r in facts["declined"])
+    for form in ("folded, bfloat16", "folded, bfloat16, channels_last", "folded", "folded, channels_last"):
+        assert any(r.startswith(f"refused {form}: error ") and r.endswith("beyond 1e-12") for r in facts["declined"])
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_where_a_half_precision_is_not_near_enough_the_model_s_own_is_tried(never_exact):
+    manager = cf.CacheManager(parts_of(made()), "host", prefix=cf.Optimized(dtype=torch.bfloat16, tolerance=1e-5))
+    list(manager.loader(DataLoader(dataset(), BATCH)))
+    facts = manager.info()["train"]["prefix"]
+    assert facts["choice"].startswith("3 batch norms folded")
+    assert "bfloat16" not in facts["choice"]
+    assert any(reason.startswith("refused folded, bfloat16: error ") for reason in facts["declined"])
 
 
 class NotCopied(Residual):
@@ -298,7 +308,7 @@ def test_a_prefix_that_cannot_be_copied_stays_exact(caplog):
     list(manager.loader(DataLoader(dataset(), BATCH)))
     facts = manager.info()["train"]["prefix"]
     assert facts["choice"] == "exact"
-    assert "refused as it is: RuntimeError: holds a file" in facts["declined"]
+    assert "refused folded: RuntimeError: holds a file" in facts["declined"]
     assert "holds a file" in caplog.text
 
 
@@ -403,7 +413,7 @@ def test_a_long_fill_is_compiled_for_where_that_is_faster(never_exact, monkeypat
 
     monkeypatch.setattr(torch, "compile", lambda graph, **_: Compiled(graph))
     monkeypatch.setattr(optimized, "_COMPILE_FROM_SECONDS", 0.0)
-    monkeypatch.setattr(optimized._Trial, "_fastest", lambda self, found: found[-1])
+    monkeypatch.setattr(optimized._Trial, "_fastest", staticmethod(lambda found: found[-1]))
     parts = parts_of(made())
     manager = cf.CacheManager(parts, "host", prefix="optimized")
     found = torch.cat([rows.tensors[0] for rows, _ in manager.loader(DataLoader(dataset(11), 11))])
