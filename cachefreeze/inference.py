@@ -48,7 +48,7 @@ class Optimized:
     Attributes:
         dtype: In which the copy computes, bfloat16 or float16; None: in the model's own.
         tolerance: How far activations may be from the exact ones, relative to a sample's largest magnitude. None: 1e-3
-            in float32, 5e-3 in float16, 2e-2 in bfloat16, whether asked for by ``dtype`` or by ``autocast=``.
+            in float32, 5e-3 in float16 and TF32, 2e-2 in bfloat16, whether asked for by ``dtype`` or by ``autocast=``.
         compile: Whether to try ``torch.compile``: None where the fill is predicted to be long enough to pay for it.
 
     Raises:
@@ -82,11 +82,16 @@ class Optimized:
             raise UsageError(f"prefix={prefix!r}: expected one of {', '.join(words)}, or a cachefreeze.Optimized")
         return words[prefix]
 
-    def allowed(self, autocast: torch.dtype | None) -> float:
-        """The tolerance, for a prefix that runs in this autocast state."""
+    def allowed(self, autocast: torch.dtype | None, device: torch.device) -> float:
+        """The tolerance, for a prefix that runs in this autocast state.
+
+        A GPU's convolutions in TF32 have float16's ten bits, and the exact ones are no more exact than that.
+        """
         if self.tolerance is not None:
             return self.tolerance
-        return _TOLERANCE.get(self.dtype or autocast or torch.float32, _TOLERANCE[torch.float32])
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        computed = self.dtype or autocast or (torch.float16 if tf32 else torch.float32)
+        return _TOLERANCE.get(computed, _TOLERANCE[torch.float32])
 
 
 @dataclass(frozen=True, kw_only=True)

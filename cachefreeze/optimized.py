@@ -93,7 +93,7 @@ class OptimizedPrefix(FrozenPrefix):
                 "computes: leave one out"
             )
         super().__init__(parts, mode, dtype)
-        self.tolerance = wanted.allowed(mode.autocast)
+        self.tolerance = wanted.allowed(mode.autocast, self.device)
         self._wanted = wanted
         self._choice: Choice | None = None
         self._copy: InferenceCopy | None = None

@@ -449,9 +449,12 @@ def test_wrong_use_is_refused(wrong, match):
 
 
 def test_under_autocast_the_tolerance_is_that_of_its_precision():
-    assert cf.Optimized().allowed(torch.bfloat16) == 2e-2
-    assert cf.Optimized(dtype=torch.float16).allowed(None) == 5e-3
-    assert cf.Optimized(tolerance=0.1).allowed(None) == 0.1
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert cf.Optimized().allowed(None, cpu) == 1e-3
+    assert cf.Optimized().allowed(torch.bfloat16, cpu) == 2e-2
+    assert cf.Optimized(dtype=torch.float16).allowed(None, cpu) == 5e-3
+    assert cf.Optimized(tolerance=0.1).allowed(None, cpu) == 0.1
+    assert cf.Optimized().allowed(None, cuda) == (5e-3 if torch.backends.cudnn.allow_tf32 else 1e-3)
 
 
 # --- the error ---
