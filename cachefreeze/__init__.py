@@ -6,6 +6,7 @@ from cachefreeze.blocks import Block
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CacheFreezeError
 from cachefreeze.freezing import freeze, unfreeze
+from cachefreeze.inference import Optimized
 from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
 from cachefreeze.schedules import (
@@ -38,6 +39,7 @@ __all__ = [
     "GradualUnfreezing",
     "HDF5Store",
     "HostStore",
+    "Optimized",
     "Parts",
     "Plasticity",
     "Rows",

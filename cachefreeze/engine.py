@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from cachefreeze.compiled import CompiledStep
 from cachefreeze.errors import CheckpointError, SplitError, StaleCacheError, UsageError
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
+from cachefreeze.inference import Optimized
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
 from cachefreeze.measuring import measure
@@ -69,7 +71,9 @@ class Engine:
             the move saves until the next one is predicted to exceed what it costs, or ``always``.
         autocast: Autocast dtype of the prefix. Call the suffix under the same autocast state.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
-        prefix: ``exact``: rows are bit for bit what the model computes.
+        prefix: ``exact``: rows are bit for bit what the model computes. ``optimized``, ``optimized:bfloat16``,
+            ``optimized:float16`` or an :class:`~cachefreeze.Optimized`: a rewritten copy of the prefix makes them where
+            that is faster and within a tolerance, on real samples; ``cache.info()`` says what was chosen.
 
     Attributes:
         model: The user's own model.
@@ -91,7 +95,7 @@ class Engine:
         moves: Literal["measured", "always"] = "measured",
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
-        prefix: Literal["exact"] = "exact",
+        prefix: str | Optimized = "exact",
     ) -> None:
         if schedule is not None and not isinstance(schedule, Schedule):
             raise UsageError(f"schedule={schedule!r}: expected a schedule such as cf.FreezeOut(), or None")
@@ -99,8 +103,8 @@ class Engine:
             raise UsageError(
                 "a schedule needs a store for every boundary; give store= as 'host', 'device' or 'hdf5:DIR'"
             )
-        if prefix != "exact":
-            raise UsageError(f"prefix={prefix!r}: expected 'exact'")
+        if Optimized.of(prefix) is not None and store == "off":
+            raise UsageError(f"prefix={prefix!r} says how rows are made, and store='off' keeps none: leave one out")
         if isinstance(store, str) and store.partition(":")[0] not in ("auto", "device", "host", "hdf5", "off"):
             raise UsageError(f"store={store!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store")
         if moves not in ("measured", "always"):
@@ -115,6 +119,7 @@ class Engine:
         self._store = store
         self._autocast = autocast
         self._dtype = dtype
+        self._prefix = prefix
         self._staging = None if schedule is None else Staging(model, schedule)
         self._followed: list[_Followed] = []
         self.decisions: list[Move] = []
@@ -205,7 +210,7 @@ class Engine:
                 else:
                     batches = seen.padded_batches(model_device(self.model))
                     self.parts = split_padded(self.model, batches, seen.layout.input_names)
-            self.cache = CacheManager(self.parts, self._store, autocast=self._autocast, dtype=self._dtype)
+            self.cache = self._manager(self.parts, None)
         return self.cache.loader_for(dataloader, seen, name, version, self._now)
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -462,13 +467,16 @@ class Engine:
 
     def _manager(self, parts: Parts, below: CacheManager | None) -> CacheManager:
         """The stores of a new boundary, made from those below where the model allows it."""
+        made = partial(
+            CacheManager, parts, self._store, autocast=self._autocast, dtype=self._dtype, prefix=self._prefix
+        )
         try:
-            return CacheManager(parts, self._store, autocast=self._autocast, dtype=self._dtype, below=below)
+            return made(below=below)
         except SplitError as error:
             if below is None:
                 raise
             _LOG.warning("rows at %r are filled from the samples: %s", parts.boundary.name, error)
-            return CacheManager(parts, self._store, autocast=self._autocast, dtype=self._dtype)
+            return made()
 
     def _drop_below(self) -> None:
         """Close the stores of the boundary before, once nothing is made from them any more."""

@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
 from cachefreeze.errors import StoreError, UsageError
+from cachefreeze.inference import Optimized
 from cachefreeze.loader import CachedLoader, NumericMode, check_loader
+from cachefreeze.optimized import prefix_of
 from cachefreeze.promotion import PromotedRows
-from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, forward_arguments
+from cachefreeze.rows import FillReport, StoredRows, forward_arguments
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
 from cachefreeze.stores import BadRow, HDF5Store, Store
@@ -32,6 +34,8 @@ class CacheManager:
             first loader; further ones get a store of the same kind.
         autocast: Autocast dtype under which the prefix runs; None runs it without.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
+        prefix: ``exact``, ``optimized``, ``optimized:bfloat16``, ``optimized:float16`` or an
+            :class:`~cachefreeze.Optimized`: how rows are made.
         below: The stores of a shallower split of the same model; rows are made from theirs where these are there. It
             stays the caller's to close, after :meth:`let_go`.
 
@@ -46,13 +50,14 @@ class CacheManager:
         *,
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
+        prefix: str | Optimized = "exact",
         below: CacheManager | None = None,
     ) -> None:
         self.parts = parts
         self._below = below
         self._segment = None if below is None else below.parts.segment_to(parts)
         self._where = store
-        self._prefix = FrozenPrefix(parts, NumericMode(autocast), dtype)
+        self._prefix = prefix_of(parts, NumericMode(autocast), dtype, prefix)
         self._rows: dict[str, StoredRows] = {}
 
     def loader(
@@ -155,14 +160,16 @@ class CacheManager:
         held = loader.rows
         if not isinstance(held, StoredRows):
             raise UsageError("fill() takes a loader of this manager")
-        return held.fill(loader.dataloader, progress)
+        done = held.fill(loader.dataloader, progress)
+        self._release()
+        return done
 
     def verify(self) -> dict[str, list[BadRow]]:
         """Check every stored row's checksum: bad rows by loader name."""
         return {name: held.store.verify() for name, held in self._rows.items()}
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """Per loader name: tier, rows, rows present, bytes, path of the file if any."""
+        """Per loader name: tier, rows, rows present, bytes, path of the file if any, how its rows are made."""
         return {
             name: {
                 "tier": held.store.tier,
@@ -171,9 +178,15 @@ class CacheManager:
                 "nbytes": held.store.nbytes,
                 "path": str(held.store.path) if isinstance(held.store, HDF5Store) else None,
                 "writable": held.store.writable,
+                "prefix": self.made_by,
             }
             for name, held in self._rows.items()
         }
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """How the prefix makes rows: ``choice``, and for an optimized one what was measured (seconds of a sample)."""
+        return self._prefix.facts()
 
     @property
     def nbytes(self) -> int:
@@ -184,6 +197,12 @@ class CacheManager:
         """Make every row written so far durable, where the tier can."""
         for held in self._rows.values():
             held.commit()
+        self._release()
+
+    def _release(self) -> None:
+        """Once every row is there, nothing is kept to make them."""
+        if all(held.store.count == held.spec.rows for held in self._rows.values()):
+            self._prefix.release()
 
     def drop(self) -> None:
         """Close all stores and remove the files that this manager made: the boundary has moved on.
@@ -203,6 +222,7 @@ class CacheManager:
         self.commit()
         for held in self._rows.values():
             held.store.close()
+        self._prefix.release()
         self._rows.clear()
 
 

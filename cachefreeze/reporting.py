@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def short_bytes(nbytes: int, unit_of: int | None = None) -> str:
         if reference >= size:
             return f"{nbytes / size:.1f} {unit}"
     return f"{nbytes} B"
+
+
+def prefix_line(facts: Mapping[str, Any]) -> str:
+    """``prefix: 52 batch norms folded, channels_last, …``: how an optimized prefix makes rows, and what it gains."""
+    if "gain" not in facts:
+        return "; ".join([f"prefix: {facts['choice']}", *facts.get("declined", ["no row was computed so far"])])
+    at_once = "" if facts["size"] is None else f", {facts['size']} samples at a time"
+    return (
+        f"prefix: {facts['choice']}{at_once}: {facts['gain']:.2f} times as fast as exact, error {facts['error']:.1e} "
+        f"(allowed {facts['tolerance']:.0e})" + "".join(f"; {reason}" for reason in facts["declined"])
+    )
 
 
 def caching_line(boundary: str, rows: int, of_rows: int, total_bytes: int) -> str:

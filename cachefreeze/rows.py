@@ -21,6 +21,7 @@ from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
 from cachefreeze.formats import format_of
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, move, worker_loader
+from cachefreeze.portions import Portions
 from cachefreeze.reporting import caching_line
 from cachefreeze.revision import MADE_FROM, Revision, input_digests
 from cachefreeze.samples import OF_ROWS, View
@@ -55,28 +56,39 @@ class FrozenPrefix:
         mode: The autocast state in which it runs, whatever the ambient one is.
         dtype: In which rows are kept, as the user said it.
         device: Of the model.
+        rows_ahead: Rows that were absent from the stores when these were opened.
+        tolerance: How far rows may be from what the model computes, relative to a sample's largest magnitude.
     """
+
+    tolerance = 0.0
 
     def __init__(self, parts: Parts, mode: NumericMode, dtype: str | torch.dtype | None) -> None:
         self.parts = parts
         self.mode = mode
         self.dtype = dtype
         self.device = model_device(parts.model)
+        self.rows_ahead = 0
+        self._portions = Portions()
         self._digest = self._weights()
 
     def run(self, example: Example, count: int) -> list[Tensor]:
-        """Activations of the first ``count`` samples, one tensor per boundary tensor."""
-        example = example.to(self.device)
-        if count == 1:
-            # kernels for a batch of one round differently from those for more: compute it as two
-            example = example.take([0, 0])
+        """Activations of the first ``count`` samples, one tensor per boundary tensor, as rows are made of them."""
+        return self.exact(example, count)
+
+    def exact(self, example: Example, count: int) -> list[Tensor]:
+        """The same as the model computes them."""
+        return self._run(self.parts.prefix, example, count, self._portions)
+
+    def facts(self) -> dict[str, Any]:
+        """How rows are made, for reports."""
+        return {"choice": "exact"}
+
+    def release(self) -> None:
+        """Give back what is kept only to make rows: all are there."""
+
+    def _run(self, prefix: Callable[..., Any], example: Example, count: int, portions: Portions) -> list[Tensor]:
         with torch.no_grad(), autocast(self.device, self.mode.autocast):
-            made = example.call(self.parts.prefix)
-        tensors: tuple[Tensor, ...] = made if isinstance(made, tuple) else (made,)
-        return [
-            tensor.narrow(spec.batch_dim, 0, count)
-            for tensor, spec in zip(tensors, self.parts.boundary.tensors, strict=True)
-        ]
+            return portions.run(prefix, example.to(self.device), count, self.parts.boundary.tensors)
 
     def check(self) -> None:
         """Raise if rows made earlier would be stale."""
@@ -111,6 +123,7 @@ class FrozenPrefix:
             "boundary": f"{self.parts.boundary.name}: {'; '.join(tensors)}",
             "weights": self._digest,
             "structure": structure(self.parts.prefix),
+            "prefix": "exact",
         }
 
     def _weights(self) -> str:
@@ -159,6 +172,7 @@ class StoredRows:
         self.made = self.store.writable and self.store.count == 0
         # also when nothing is written here: a killed process may have left rows that have not reached the disk
         self._uncommitted = True
+        prefix.rows_ahead += self.spec.rows - self.store.count
         self.recompute_some()
 
     # --- the loader's row source ---
@@ -309,9 +323,10 @@ class StoredRows:
             raise
         return computed
 
-    def _run_prefix(self, rows: Sequence[int], raw: Any) -> Computed:
+    def _run_prefix(self, rows: Sequence[int], raw: Any, *, exact: bool = False) -> Computed:
         example = self.format.example(rows, raw)
-        tensors = self.prefix.run(example, len(rows))
+        run = self.prefix.exact if exact else self.prefix.run
+        tensors = run(example, len(rows))
         values = self.format.encode(rows, raw, tensors)
         if self._says is not None:
             values[MADE_FROM.name] = torch.stack([self._says.keys[list(rows)], input_digests(example, len(rows))], 1)
@@ -369,7 +384,7 @@ class StoredRows:
             stored = self._read(chosen)
         except CorruptRowError:
             return  # now absent: the loader computes them again and counts them as repaired
-        computed = self._run_prefix(chosen.tolist(), self.fetch(chosen.tolist()))
+        computed = self._run_prefix(chosen.tolist(), self.fetch(chosen.tolist()), exact=True)
         self._check_inputs(chosen, stored, computed)
         for field in self.spec.fields:
             a, b = stored[field.name], computed.values[field.name].to(stored[field.name].device)
@@ -378,7 +393,8 @@ class StoredRows:
                 continue
             off = float((a.double() - b.double()).abs().max())
             largest = float(b.double().abs().max())
-            if not field.dtype.is_floating_point or not off <= _RECOMPUTED_TOLERANCE * max(largest, 1e-6):
+            allowed = (_RECOMPUTED_TOLERANCE + self.prefix.tolerance) * max(largest, 1e-6)
+            if not field.dtype.is_floating_point or not off <= allowed:
                 raise self._unseen(f"{field.name} of samples {chosen.tolist()}", f" (by up to {off:.2g})")
 
     def _check_inputs(self, chosen: Tensor, stored: Mapping[str, Tensor], computed: Computed) -> None:

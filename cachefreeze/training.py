@@ -207,6 +207,7 @@ class Trainer:
         report.split = None
         if parts is not None:
             report.split = {
+                "prefix": {"choice": "exact"} if cache is None else cache.made_by,
                 "boundary": parts.boundary.name,
                 "executor": parts.executor,
                 "cached_fraction": parts.cached_fraction,

@@ -19,8 +19,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
+from cachefreeze import optimized
 from cachefreeze.errors import StaleCacheError
+from cachefreeze.inference import relative_error
 from cachefreeze.isolation import RandomState
+from cachefreeze.portions import Portions
+from cachefreeze.splitting import BoundaryTensor
+from cachefreeze.tracing import Example
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -329,3 +334,44 @@ def made_wide():
     model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 5)).cuda()
     cf.freeze(model, train_from="2")
     return model
+
+
+@pytest.mark.parametrize("prefix", ["optimized", "optimized:bfloat16", "optimized:float16"])
+def test_an_optimized_prefix_is_within_its_tolerance(prefix, monkeypatch):
+    """On the device, in every precision; the model's own weights stay as they are."""
+    monkeypatch.setattr(optimized, "_FEWEST_ROWS", 0)
+    monkeypatch.setattr(optimized, "_WORTHWHILE", 0.0)
+    model = frozen()
+    before = copy.deepcopy(model.state_dict())
+    engine = cf.Engine(model, "device", prefix=prefix)
+    images = torch.randn(COUNT, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    loader = engine.loader(DataLoader(TensorDataset(images, torch.zeros(COUNT, dtype=torch.int64)), BATCH))
+    rows = torch.cat([rows.tensors[0] for rows, _ in loader])
+    facts = engine.cache.made_by
+    assert facts["choice"].startswith("1 batch norms folded")
+    assert 0 < facts["error"] < facts["tolerance"]
+    exact = engine.parts.prefix(images.cuda())
+    assert relative_error(engine.parts.boundary.tensors, [exact], [rows]) < 2 * facts["tolerance"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_out_of_memory_in_the_prefix_halves_the_batch(caplog):
+    """A batch whose activations do not fit is computed in smaller ones, with equal rows."""
+    wide = nn.Conv2d(3, 64, 3, padding=1).cuda()
+    images = torch.randn(64, 3, 256, 256, generator=torch.Generator().manual_seed(0)).cuda()
+    spec = (BoundaryTensor(shape=(64,), dtype=torch.float32, batch_dim=0, layout=(0, 1)),)
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 7e8  # the activations of all images are 1.07 GB
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    portions = Portions()
+    try:
+        with torch.no_grad():
+            (rows,) = portions.run(lambda x: wide(x).mean((2, 3)), Example.of(images), 64, spec)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert portions.size is not None
+    assert portions.size <= 32
+    assert "ran out of memory on 64 samples" in caplog.text
+    with torch.no_grad():
+        exact = torch.cat([wide(images[i : i + 8]).mean((2, 3)) for i in range(0, 64, 8)])
+    assert (rows - exact).abs().max() <= ROW_TOLERANCE * exact.abs().max()

@@ -198,6 +198,7 @@ def test_a_read_only_store_trains_without_writing(tmp_path):
     assert manager.loader(DataLoader(make_data(), 16)) is not None
     assert manager.info()["train"] | {"path": None} == {
         "tier": "hdf5", "rows": 40, "rows_present": 8, "nbytes": manager.nbytes, "path": None, "writable": True,
+        "prefix": {"choice": "exact"},
     }  # fmt: skip
 
 

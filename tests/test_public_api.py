@@ -15,8 +15,8 @@ def test_public_names():
     assert sorted(cf.__all__) == [
         "AllButLast", "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore",
         "Engine", "FieldSpec", "FreezeAtZeroLR", "FreezeOut", "GradientChange", "GradualUnfreezing", "HDF5Store",
-        "HostStore", "Parts", "Plasticity", "Rows", "Stage", "Stages", "Store", "StoreSpec", "Trainer", "blocks",
-        "freeze", "split", "unfreeze",
+        "HostStore", "Optimized", "Parts", "Plasticity", "Rows", "Stage", "Stages", "Store", "StoreSpec", "Trainer",
+        "blocks", "freeze", "split", "unfreeze",
     ]  # fmt: skip
     assert all(hasattr(cf, name) for name in cf.__all__)
 
@@ -42,7 +42,7 @@ def test_signatures():
 
 JOB = [
     "--data", "--model", "--weights", "--train-from", "--train-last", "--batch-size", "--image-size", "--seed",
-    "--device", "--cache", "--cache-dir", "--cache-dtype", "--variants", "--out",
+    "--device", "--cache", "--cache-dir", "--cache-dtype", "--prefix", "--variants", "--out",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from cachefreeze.cli import job
 from cachefreeze.errors import UsageError
 from cachefreeze.loader import CachedLoader
 from cachefreeze.manager import CacheManager
-from cachefreeze.reporting import short_bytes
+from cachefreeze.reporting import prefix_line, short_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
         for name, loader in (("train", made.train), ("val", made.val)):
             if isinstance(loader, CachedLoader):
                 _fill(cache, name, loader)
+        if args.prefix != "exact":
+            print(prefix_line(cache.made_by))
     finally:
         engine.close()
     return 0

@@ -97,6 +97,12 @@ def add_arguments(
         "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
     )
     parser.add_argument(
+        "--prefix",
+        choices=("exact", "optimized", "optimized:bfloat16", "optimized:float16"),
+        default="exact",
+        help="optimized: rows from a faster copy of the frozen part, within a tolerance (default exact)",
+    )
+    parser.add_argument(
         "--variants", type=draws, metavar="K", help="augment the training images, and cache K draws of each"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<data>-<model>")
@@ -152,7 +158,7 @@ def make_job(args: argparse.Namespace) -> Job:
     if schedule is None:
         freeze_model(model, args, data)
     make_folder(out)
-    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype)
+    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype, prefix=args.prefix)
     order = torch.Generator().manual_seed(args.seed)
     images = data.train if args.variants is None else Augmented(data.train, flip=data.name != "digits")
     train = DataLoader(images, args.batch_size, shuffle=True, generator=order)

@@ -13,7 +13,7 @@ from torch import nn
 from cachefreeze._started import STARTED
 from cachefreeze.cli import job, schedules
 from cachefreeze.errors import UsageError
-from cachefreeze.reporting import Report, short_bytes, table_header, table_row
+from cachefreeze.reporting import Report, prefix_line, short_bytes, table_header, table_row
 from cachefreeze.training import Trainer
 
 _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -107,6 +107,8 @@ def _conclude(report: Report, out: Path) -> None:
         return
     cached = sorted(epoch.seconds for epoch in report.epochs if epoch.source == "cached")
     fills = [epoch for epoch in report.epochs if epoch.source == "fill"]
+    if report.split is not None and "tolerance" in report.split["prefix"]:
+        print(prefix_line(report.split["prefix"]))
     line = f"validation accuracy {last.val_accuracy:.1%}" if last.val_accuracy is not None else "done"
     if fills:
         line += f"; filling took {report.fill_seconds:.2f} s"

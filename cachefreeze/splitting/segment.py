@@ -31,7 +31,7 @@ class Segment(nn.Module):
         super().__init__()
         site, example = shallower.origin
         end = deeper.origin[0]
-        before, after = _plan(shallower), _plan(deeper)
+        before, after = plan_of(shallower), plan_of(deeper)
         self._taken = _matched(shallower, before, "taken")
         self._given = _matched(deeper, after, "made")
         self._notes = Notes(after)
@@ -91,7 +91,8 @@ def make_segment(shallower: Parts, deeper: Parts) -> Segment:
     return segment
 
 
-def _plan(parts: Parts) -> Plan:
+def plan_of(parts: Parts) -> Plan:
+    """What a replay of a split keeps, whichever executor made the split."""
     return parts.suffix.plan if isinstance(parts.suffix, ReplaySuffix) else plan(*parts.origin)
 
 
