@@ -64,6 +64,7 @@ def trials(smoke: bool) -> list[Trial]:
 
     return [
         Trial("kill -9 during a fill", lambda f, r: torture.kill_fills(f, 100 // few, r), "kills", 5000, False),
+        Trial("kill -9 in a correction", lambda f, r: torture.kill_corrections(f, 100 // few, r), "kills", 5000, False),
         Trial("kill -9 during creation", lambda f, r: torture.kill_creations(f, 100 // few, r), "kills", 2000, False),
         Trial("power cuts", lambda f, r: powercuts.power_cuts(f, 2000 // few, r), "states", 1_000_000),
         Trial("every call fails, every way", lambda f, r: faults.failing_calls(f), "pwrite", ALL),

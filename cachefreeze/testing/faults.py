@@ -80,7 +80,7 @@ def failing_calls(folder: Path) -> Counter[str]:
     Raises:
         AssertionError: A failure was no StoreError, left a wrong or partial file, or could not be made up for.
     """
-    truth = Truth(torture_spec(6), seeds=2)
+    truth = Truth(torture_spec(6), seeds=2, corrected=True)
     trace = FailAt(None)
     with intercepted(trace):
         _life(folder / "traced", truth, [])
@@ -117,6 +117,10 @@ def _life(folder: Path, truth: Truth, allowed: list[set[int | None]]) -> None:
         store.claim(torch.tensor([3, 4]))
         _write(store, truth, [4], 0, allowed)
         store.release(torch.tensor([0]))
+        _correct(store, truth, [0, 4], allowed)
+        for may in allowed[5:6]:
+            may.add(None)
+        store.discard(torch.tensor([5]))
         store.commit()
     finally:
         store.close()
@@ -133,6 +137,17 @@ def _write(store: HDF5Store, truth: Truth, rows: list[int], seed: int, allowed: 
     for row in rows if allowed else ():
         allowed[row] -= {None, 1 - seed}
         allowed[row] |= {seed}
+
+
+def _correct(store: HDF5Store, truth: Truth, rows: list[int], allowed: list[set[int | None]]) -> None:
+    """Rewrite the last field of rows of seed 0."""
+    seed, label = 2, truth.spec.fields[-1].name
+    for row in rows if allowed else ():
+        allowed[row] |= {seed, None}
+    index = torch.tensor(rows)
+    store.replace(index, {label: truth.batch(index, seed)[label]})
+    for row in rows if allowed else ():
+        allowed[row] = {seed}
 
 
 def _check_aftermath(folder: Path, truth: Truth, allowed: list[set[int | None]]) -> None:

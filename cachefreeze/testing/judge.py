@@ -35,12 +35,16 @@ class Truth:
     Args:
         spec: Of the store.
         seeds: As many sets as seeds; a row that is rewritten changes its seed.
+        corrected: For each seed *s* also a set ``seeds + s``, the same but for its last field.
     """
 
-    def __init__(self, spec: StoreSpec, seeds: int = 1) -> None:
+    def __init__(self, spec: StoreSpec, seeds: int = 1, *, corrected: bool = False) -> None:
         self.spec = spec
         everything = torch.arange(spec.rows)
         self._sets = [values(spec, everything, seed) for seed in range(seeds)]
+        if corrected:
+            label = spec.fields[-1].name
+            self._sets += [{**whole, label: whole[label] ^ 1} for whole in self._sets]
 
     def batch(self, rows: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """What to write into ``rows``."""

@@ -151,7 +151,7 @@ def power_cuts(folder: Path, states: int, rng: random.Random) -> Counter[str]:
     Raises:
         AssertionError: A file is not whole, a row wrong, or one lost that a commit had acknowledged.
     """
-    truth = Truth(torture_spec(24), seeds=3)
+    truth = Truth(torture_spec(24), seeds=3, corrected=True)
     counts: Counter[str] = Counter()
     life = 0
     while counts["states"] < states:
@@ -197,9 +197,22 @@ class _PowerCutLife:
                 latest[row] = seed
             index = torch.tensor(rows)
             store.write(index, self._truth.batch(index, seed))
+            if self._rng.random() < 0.3:
+                self._correct(store, rows, latest)
             if self._rng.random() < 0.4:
                 store.commit()
                 self._allowed = [{seed} for seed in latest]
+
+    def _correct(self, store: HDF5Store, rows: list[int], latest: list[int | None]) -> None:
+        """Rewrite one field of rows that have just been written, which are all of one seed."""
+        seed = (latest[rows[0]] or 0) + 3
+        for row in rows:
+            self._allowed[row] |= {seed, None}
+            latest[row] = seed
+        index = torch.tensor(rows)
+        label = self._truth.spec.fields[-1].name
+        store.replace(index, {label: self._truth.batch(index, seed)[label]})
+        self._counts["corrected rows"] += len(rows)
 
     def _hook(self, name: str, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         if self._looking:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cachefreeze.errors import StoreError
+from cachefreeze.errors import CorruptRowError, StoreError
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.removal import remove_cache
 from cachefreeze.testing.judge import Truth, judge, torture_spec
@@ -88,14 +88,21 @@ def kill_fills(folder: Path, kills: int, rng: random.Random) -> Counter[str]:
     return counts
 
 
-def _killed_filler(path: Path, truth: Truth, batches: Tensor, seed: int, seconds: float) -> set[int]:
+def _killed_filler(
+    path: Path, truth: Truth, batches: Tensor, seed: int, seconds: float, *, in_place: bool = False
+) -> set[int]:
+    label = truth.spec.fields[-1].name
     receiver, sender = os.pipe()
 
     def work() -> None:
-        store = HDF5Store.open(path)
+        store = HDF5Store.open(path, alone=in_place)
         os.write(sender, _ROW.pack(-1))
         for rows in batches:
-            store.write(rows, truth.batch(rows, seed))
+            whole = truth.batch(rows, seed)
+            if in_place:
+                store.replace(rows, {label: whole[label]})
+            else:
+                store.write(rows, whole)
             os.write(sender, b"".join(_ROW.pack(row) for row in rows.tolist()))
         signal.pause()
 
@@ -106,6 +113,59 @@ def _killed_filler(path: Path, truth: Truth, batches: Tensor, seed: int, seconds
         time.sleep(seconds)
         killed(pid)
         return {row for (row,) in _ROW.iter_unpack(pipe.read())}
+
+
+def kill_corrections(folder: Path, kills: int, rng: random.Random) -> Counter[str]:
+    """Kill -9 a process that rewrites one field of rows in place, while another one reads all of them.
+
+    Raises:
+        AssertionError: A row mixed two states, for the reader or afterwards, or a corrected one that was reported was
+            lost.
+    """
+    truth = Truth(torture_spec(400), corrected=True)
+    path, stop = folder / "corrected.h5", folder / "stop"
+    counts: Counter[str] = Counter()
+    HDF5Store.create(path, truth.spec, fingerprint={}).close()
+    reader = forked(partial(_read_changing, path, truth, stop))
+    everything = torch.arange(400)
+    state: list[set[int | None]] = [{None} for _ in range(400)]
+    window_seconds = 0.02
+    try:
+        for _ in range(kills):
+            store = HDF5Store.open(path, alone=True)
+            judge(store, truth, state)
+            absent = everything[~store.present(everything)]
+            store.write(absent, truth.batch(absent))
+            store.close()
+            wanted = rng.randrange(2)
+            batches = torch.tensor(rng.sample(range(400), 400)).view(50, 8)
+            reported = _killed_filler(path, truth, batches, wanted, rng.uniform(0, window_seconds), in_place=True)
+            window_seconds *= 0.7 if len(reported) == 400 else 1.2
+            state = [{wanted} if row in reported else {0, 1, None} for row in range(400)]
+            counts["kills"] += 1
+            counts["corrected rows"] += len(reported)
+        stop.touch()
+        status = ended(reader)
+        reader = 0
+        assert status == 0, "a reader saw a row that mixes two states"
+    finally:
+        if reader:
+            os.kill(reader, signal.SIGKILL)
+            ended(reader)
+    remove_cache(path)
+    stop.unlink()
+    return counts
+
+
+def _read_changing(path: Path, truth: Truth, stop: Path) -> None:
+    """Read what is there; a row that changes under the read is told by its checksum."""
+    everything = torch.arange(truth.spec.rows)
+    while not stop.exists():
+        store = HDF5Store.open(path, writable=False, verify="always")
+        with suppress(CorruptRowError):
+            rows = everything[store.present(everything)]
+            assert all(truth.seeds_of(rows, store.read(rows))), "a mixed row"
+        store.close()
 
 
 def kill_creations(folder: Path, kills: int, rng: random.Random) -> Counter[str]:
