@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,14 +28,13 @@ from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.stores import HDF5Store, Store, StoreSpec
 from cachefreeze.stores.opening import Wanted, open_store
 from cachefreeze.tracing import Example
+from cachefreeze.waiting import Waiting
 from cachefreeze.watching import SampleWatch
 
 # Stored rows that are recomputed and compared whenever an existing store is opened.
 _RECOMPUTED_ROWS = 4
 # Relative to the largest magnitude: rows of another batch, perhaps another kernel; a wrong row is off by far more.
 _RECOMPUTED_TOLERANCE = 1e-2
-# How often a filler that has nothing left to do looks whether others have finished.
-_OTHERS_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,17 +268,22 @@ class StoredRows:
             self._uncommitted = False
 
     def fill(self, dataloader: DataLoader[Any], progress: Callable[[int], None] | None) -> FillReport:
-        """Compute every absent row, in order, sharing the work with other processes that do the same."""
+        """Compute every absent row, in order, sharing the work with other processes that do the same.
+
+        Raises:
+            StoreError: Others have rows left that they claimed, and have written none for minutes; names them.
+        """
         self.check()
         if not self.store.writable:
             raise UsageError(f"the store of {self.name!r} cannot be written by this process; let another one fill it")
-        computed_rows = 0
+        computed_rows, waiting = 0, Waiting(self.store)
         with preserved_random_state():
             while missing := self.absent(range(self.spec.rows)):
                 made = self._fill_once(dataloader, missing, progress)
                 computed_rows += made
                 if not made:
-                    time.sleep(_OTHERS_SECONDS)  # the rest is being computed by others; what a dead one leaves is ours
+                    self.commit()
+                    waiting.wait(missing)  # the rest is being computed by others; what a dead one leaves is ours
         self.commit()
         return FillReport(rows=self.spec.rows, computed_rows=computed_rows, nbytes=self.store.nbytes)
 
