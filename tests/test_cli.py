@@ -181,6 +181,34 @@ def test_an_image_folder(capfd, tmp_path):
     assert "classifier" in out
 
 
+def test_a_folder_in_which_single_images_change(capfd, tmp_path, caplog):
+    """One that moved to another class is not computed again, an edited one alone is; the figures are a new cache's."""
+    data, cache = make_folder(tmp_path / "data", count=12), tmp_path / "cache"
+    report = tmp_path / "r.json"
+    words = ("train", *small(data, "--epochs", 1, "--cache", "hdf5", "--cache-dir", cache, "--report", report))
+
+    def first_epoch():
+        caplog.clear()
+        assert run(capfd, *words)[0] == 0
+        assert len(list(cache.glob("train-*.h5"))) == 1
+        epoch = read(report)["epochs"][0]
+        return epoch["source"], epoch["rows_computed"], epoch["rows_repaired"], epoch["rows_rewritten"]
+
+    assert first_epoch() == ("fill", 24, 0, 0)
+    (data / "train" / "a" / "7.png").rename(data / "train" / "b" / "7moved.png")
+    source, computed, repaired, rewritten = first_epoch()
+    assert (source, computed, repaired) == ("cached", 0, 0)
+    assert rewritten > 1  # that image, and all that follow it in the order of the folder
+    assert "rows moved, 0 to be computed again" in caplog.text
+    (data / "train" / "b" / "3.png").write_bytes((data / "val" / "a" / "1.png").read_bytes())
+    assert first_epoch() == ("fill", 1, 1, 0)
+    assert "1 to be computed again" in caplog.text
+    found = losses(read(report))
+    assert run(capfd, *words, "--cache-dir", tmp_path / "fresh")[0] == 0
+    for (loss, *_), (fresh, *_) in zip(found, losses(read(report)), strict=True):
+        assert loss == pytest.approx(fresh, rel=1e-5)  # the row computed anew was in another batch
+
+
 def test_kill_in_the_middle_of_a_fill(tmp_path):
     """The same command again goes on with the rows that are there and ends in the same weights."""
     data = make_folder(tmp_path / "data", count=60)

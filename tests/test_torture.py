@@ -12,8 +12,11 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from contextlib import contextmanager
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -28,6 +31,7 @@ from cachefreeze.stores.file import read_header
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.header import encode
 from cachefreeze.stores.layout import HEADER_BYTES, metadata_sha256
+from cachefreeze.stores.removal import remove_cache
 from cachefreeze.stores.system import System
 from cachefreeze.testing import faults, hostile, powercuts, torture
 from cachefreeze.testing.judge import Truth, judge, judge_file, torture_spec
@@ -61,6 +65,12 @@ class TestKills:
         assert found["kills"] == count
         assert found["kills within a fill"] > count / 5  # or the kills said nothing
         assert found["reported rows"] > 0
+
+    @columns(4, 200)
+    def test_killed_while_correcting(self, tmp_path, count):
+        """Kill -9 while one field of rows is rewritten in place: no row mixes two states, for a reader either."""
+        found = torture.kill_corrections(tmp_path, count, random.Random(0))
+        assert found["corrected rows"]
 
     @columns(20, 200)
     def test_killed_while_creating(self, tmp_path, count):
@@ -134,47 +144,109 @@ class TestDamage:
 
 
 @contextmanager
-def small_disk(folder, megabytes):
+def small_disk(folder, megabytes, kind="tmpfs"):
     """Mount a file system of a few megabytes over ``folder``, where that is permitted."""
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size={megabytes}m none {folder} 2>/dev/null"):
-        pytest.skip("cannot mount a small file system; test_limit_on_file_size covers part of this")
+    image = folder.with_name("image")
+    if kind == "tmpfs":
+        mounted = not run_as_root("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder)
+    else:
+        image.write_bytes(bytes(megabytes << 20))
+        made = not run_as_root("mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-m", "0", image)
+        mounted = made and not run_as_root("mount", "-o", "loop", image, folder)
+    if not mounted:
+        pytest.skip(f"no {kind} can be mounted here; test_limit_on_file_size covers part of this")
     try:
+        shutil.rmtree(folder / "lost+found", ignore_errors=True)
         yield
     finally:
-        os.system(f"umount -l {folder}")
+        run_as_root("umount", "-l", folder)
+        image.unlink(missing_ok=True)
 
 
+def run_as_root(*command):
+    """Exit status of a command that needs root; not 0 where this process is not, or there is no such command."""
+    if os.geteuid() != 0 or shutil.which(command[0]) is None:
+        return 1
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def taking_space(folder):
+    """Take all the space that there is and give it back, again and again."""
+    taken = folder / "taken"
+    while True:
+        with suppress(OSError), taken.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 16)):
+                pass
+        taken.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4 on a loop device"])
 class TestFullDisk:
     @columns(2, 10)
-    def test_at_creation(self, tmp_path, count):
+    def test_at_creation(self, tmp_path, kind, count):
         """No room: an error with the bytes needed and free, before anything is computed, and no leftover."""
-        with small_disk(tmp_path, 2):
+        (folder := tmp_path / "disk").mkdir()
+        with small_disk(folder, 2, kind):
             for at in range(count):
                 with pytest.raises(StoreSpaceError, match=r"needs [\d,]+ bytes, [\d,]+ are free: free some space"):
-                    HDF5Store.create(tmp_path / f"{at}.h5", one_field((1 << 10,), rows=1 << 10), fingerprint={})
-                assert not list(tmp_path.iterdir())
+                    HDF5Store.create(folder / f"{at}.h5", one_field((1 << 10,), rows=1 << 10), fingerprint={})
+                assert not list(folder.iterdir())
 
-    def test_filled_by_another_process(self, tmp_path, monkeypatch):
+    def test_filled_by_another_process(self, tmp_path, monkeypatch, kind):
         """While another process takes the space between the check and the allocation: the same error, no leftover."""
-        with small_disk(tmp_path, 4):
+        (folder := tmp_path / "disk").mkdir()
+        with small_disk(folder, 4, kind):
             real = System.fallocate
 
             def taken(self, fd, size_bytes):
-                (tmp_path / "other").write_bytes(bytes(3 << 20))
+                (folder / "other").write_bytes(bytes(3 << 20))
                 real(self, fd, size_bytes)
 
             monkeypatch.setattr(System, "fallocate", taken)
-            with pytest.raises(StoreSpaceError, match="are free: free some space"):
-                HDF5Store.create(tmp_path / "rows.h5", one_field((1 << 10,), rows=500), fingerprint={})
-            assert [path.name for path in tmp_path.iterdir()] == ["other"]
+            with pytest.raises(StoreSpaceError, match=r"needs [\d,]+ bytes, [\d,]+ are free"):
+                HDF5Store.create(folder / "rows.h5", one_field((1 << 10,), rows=500), fingerprint={})
+            assert [path.name for path in folder.iterdir()] == ["other"]
 
-    def test_during_a_fill(self, tmp_path):
+    @columns(3, 100)
+    def test_while_another_process_fills_the_disk(self, tmp_path, kind, count):
+        """At whatever instant the space is gone: a whole file whose rows all fit, or the error and nothing."""
+        (folder := tmp_path / "disk").mkdir()
+        with small_disk(folder, 4, kind):
+            truth, path = Truth(torture_spec(400)), folder / "rows.h5"
+            everything = torch.arange(400)
+            other = torture.forked(partial(taking_space, folder))
+            try:
+                outcomes = Counter()
+                for at in range(20 * count):
+                    time.sleep(0.003 * (at % 3))
+                    try:
+                        store = HDF5Store.create(path, truth.spec, fingerprint={})
+                    except StoreSpaceError as error:
+                        assert re.search(r"needs [\d,]+ bytes, [\d,]+ are free", str(error))  # noqa: PT017 - either may come
+                        left = {found.name for found in folder.iterdir()} - {"taken"}
+                        assert not left
+                        outcomes["refused"] += 1
+                    else:
+                        store.write(everything, truth.batch(everything))
+                        store.commit()
+                        judge(store, truth, [{0}] * 400)
+                        store.close()
+                        remove_cache(path)
+                        outcomes["filled"] += 1
+                    if min(outcomes["refused"], outcomes["filled"]) >= count:
+                        break
+            finally:
+                torture.killed(other)
+            assert outcomes["refused"]
+
+    def test_during_a_fill(self, tmp_path, kind):
         """Once a file is there its rows have their space, whatever else fills the disk."""
-        with small_disk(tmp_path, 4):
+        (folder := tmp_path / "disk").mkdir()
+        with small_disk(folder, 4, kind):
             truth = Truth(torture_spec(400))
-            store = HDF5Store.create(tmp_path / "rows.h5", truth.spec, fingerprint={})
+            store = HDF5Store.create(folder / "rows.h5", truth.spec, fingerprint={})
             with pytest.raises(OSError, match="No space"):
-                (tmp_path / "other").write_bytes(bytes(8 << 20))
+                (folder / "other").write_bytes(bytes(8 << 20))
             everything = torch.arange(400)
             store.write(everything, truth.batch(everything))
             store.commit()
