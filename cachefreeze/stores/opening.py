@@ -99,7 +99,7 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
         StaleCacheError: A file that was named, or a store that was handed over, holds other rows.
     """
     if isinstance(where, Store):
-        if where.spec not in (wanted.spec, wanted.file_spec):
+        if where.spec not in (wanted.spec, wanted.file_spec if isinstance(where, HDF5Store) else wanted.spec):
             raise StaleCacheError(
                 f"the store given for {wanted.name!r} holds {_shape(where.spec)}, needed are {_shape(wanted.spec)}"
             )
