@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -290,18 +289,38 @@ class StoredRows:
     def _fill_once(
         self, dataloader: DataLoader[Any], missing: Sequence[int], progress: Callable[[int], None] | None
     ) -> int:
-        """Compute those of ``missing`` that nobody else is computing; returns how many."""
+        """Compute those of ``missing`` that nobody else is computing; returns how many.
+
+        A batch is written once the next one is decoded: a GPU computes it meanwhile, and writing is what waits for it.
+        """
         size = dataloader.batch_size or 64
         lists = [missing[i : i + size] for i in range(0, len(missing), size)]
         computed_rows = 0
-        for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
-            mine = self._claim(rows)
-            if bool(mine.any()):
-                self._make_mine(rows, mine, partial(self._run_prefix, rows, raw))
+        made: tuple[Tensor, Computed] | None = None
+        try:
+            for rows, raw in zip(lists, worker_loader(dataloader, self, lists), strict=True):
+                self._write_made(made, progress)
+                made = None
+                mine = self._claim(rows)
                 computed_rows += int(mine.sum())
-            if progress is not None:
-                progress(int(mine.sum()))
+                if bool(mine.any()):
+                    with self._given_up_on_error(index_of(rows)[mine]):
+                        made = mine, self._run_prefix(rows, raw)
+            self._write_made(made, progress)
+            made = None
+        finally:
+            if made is not None:  # writing it failed, or decoding the next one
+                self.store.release(index_of(made[1].rows)[made[0]])
         return computed_rows
+
+    def _write_made(self, made: tuple[Tensor, Computed] | None, progress: Callable[[int], None] | None) -> None:
+        """Write the rows of a batch that are for this process to write."""
+        if made is None:
+            return
+        mine, computed = made
+        self._write(mine, computed)
+        if progress is not None:
+            progress(int(mine.sum()))
 
     # --- inside ---
 
@@ -313,18 +332,27 @@ class StoredRows:
 
     def _make_mine(self, rows: Sequence[int], mine: Tensor, how: Callable[[], Computed]) -> Computed:
         """Make ``rows`` and write those that are ``mine``, which are given up if that fails."""
-        index = index_of(rows)[mine]
-        try:
+        with self._given_up_on_error(index_of(rows)[mine]):
             computed = how()
-            if len(index):
-                self._uncommitted = True
-                whole = len(index) == len(rows)
-                values = {n: v if whole else v[mine.to(v.device)] for n, v in computed.values.items()}
-                self.store.write(index, {**values, **self._made_from(index, values)})
+            self._write(mine, computed)
+        return computed
+
+    @contextmanager
+    def _given_up_on_error(self, index: Tensor) -> Iterator[None]:
+        """Another process may take rows that this one claimed and could not make."""
+        try:
+            yield
         except BaseException:
             self.store.release(index)
             raise
-        return computed
+
+    def _write(self, mine: Tensor, computed: Computed) -> None:
+        index = index_of(computed.rows)[mine]
+        if len(index):
+            self._uncommitted = True
+            whole = len(index) == len(computed.rows)
+            values = {n: v if whole else v[mine.to(v.device)] for n, v in computed.values.items()}
+            self.store.write(index, {**values, **self._made_from(index, values)})
 
     def _run_prefix(self, rows: Sequence[int], raw: Any, *, exact: bool = False) -> Computed:
         example = self.format.example(rows, raw)

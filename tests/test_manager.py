@@ -176,6 +176,37 @@ def test_a_failing_prefix_gives_up_its_rows(tmp_path, monkeypatch):
     assert cf.HDF5Store.open(next(tmp_path.glob("*.h5"))).claim(torch.arange(40)).all()
 
 
+class Breaking(TensorDataset):
+    """Cannot decode its samples from ``at`` on."""
+
+    at = 40
+
+    def __getitem__(self, index):
+        if index >= self.at:
+            raise OSError("damaged file")
+        return super().__getitem__(index)
+
+
+def test_a_fill_that_fails_gives_up_what_it_has_not_written(tmp_path):
+    """A batch is written once the next one is decoded: where that fails, its rows are another process's to make."""
+    data = Breaking(*make_data().tensors)
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(data, 8))
+    written = []
+
+    def advance(count):
+        written.append(count)
+        data.at = 16
+
+    with pytest.raises(OSError, match="damaged"):
+        manager.fill(loader, advance)
+    assert written == [8]
+    other = cf.HDF5Store.open(next(tmp_path.glob("*.h5")))
+    assert other.present(torch.arange(40)).tolist() == [row < 8 for row in range(40)]
+    assert other.claim(torch.arange(40)).tolist() == [row >= 8 for row in range(40)]
+    other.close()
+
+
 def test_a_read_only_store_trains_without_writing(tmp_path):
     """Its rows are right, nothing of them is kept, and filling it is refused."""
     manager = make_manager(f"hdf5:{tmp_path}")
