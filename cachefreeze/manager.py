@@ -29,7 +29,8 @@ class CacheManager:
     Args:
         parts: A verified split.
         store: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5`` or a Store. A file or a Store serves the
-            first loader; further ones get a store of the same kind.
+            first loader; further ones get a store of the same kind. Or another manager over an equal prefix: loaders of
+            the same name share its stores, which stay its own to close.
         autocast: Autocast dtype under which the prefix runs; None runs it without.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
         below: The stores of a shallower split of the same model; rows are made from theirs where these are there. It
@@ -42,7 +43,7 @@ class CacheManager:
     def __init__(
         self,
         parts: Parts,
-        store: str | Store = "auto",
+        store: str | Store | CacheManager = "auto",
         *,
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
@@ -51,7 +52,8 @@ class CacheManager:
         self.parts = parts
         self._below = below
         self._segment = None if below is None else below.parts.segment_to(parts)
-        self._where = store
+        self._lender = store if isinstance(store, CacheManager) else None
+        self._where: str | Store = for_another(store._where) if isinstance(store, CacheManager) else store
         self._prefix = FrozenPrefix(parts, NumericMode(autocast), dtype)
         self._rows: dict[str, StoredRows] = {}
 
@@ -97,12 +99,13 @@ class CacheManager:
             if held.view.identity() != view.identity():
                 raise UsageError(f"name={name!r} holds the rows of other samples already; give this loader its own")
         else:
-            where = self._where if not self._rows else for_another(self._where)
+            lent = None if self._lender is None else self._lender._rows.get(name)
+            where = lent or (self._where if not self._rows else for_another(self._where))
             held = self._new(name, view, where, version or "")
             self._rows[name] = held
         return CachedLoader(dataloader, held)
 
-    def _new(self, name: str, view: View, where: str | Store, version: str) -> StoredRows:
+    def _new(self, name: str, view: View, where: str | Store | StoredRows, version: str) -> StoredRows:
         below = None if self._below is None else self._below._rows.get(name)
         if below is None or self._segment is None or view.ragged is not None:
             return StoredRows(self._prefix, name, view, where, version)
@@ -190,7 +193,8 @@ class CacheManager:
         """Commit and close all stores."""
         self.commit()
         for held in self._rows.values():
-            held.store.close()
+            if not held.borrowed:
+                held.store.close()
         self._rows.clear()
 
 
