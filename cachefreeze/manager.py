@@ -153,7 +153,7 @@ class CacheManager:
         return {name: held.store.verify() for name, held in self._rows.items()}
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """Per loader name: tier, rows, rows present, bytes, path of the file if any."""
+        """Per loader name: tier, rows, rows present, bytes, path of the file if any, measured rounding by field."""
         return {
             name: {
                 "tier": held.store.tier,
@@ -162,6 +162,7 @@ class CacheManager:
                 "nbytes": held.store.nbytes,
                 "path": str(held.store.path) if isinstance(held.store, HDF5Store) else None,
                 "writable": held.store.writable,
+                "rounding": held.format.rounding,
             }
             for name, held in self._rows.items()
         }

@@ -198,6 +198,7 @@ def test_a_read_only_store_trains_without_writing(tmp_path):
     assert manager.loader(DataLoader(make_data(), 16)) is not None
     assert manager.info()["train"] | {"path": None} == {
         "tier": "hdf5", "rows": 40, "rows_present": 8, "nbytes": manager.nbytes, "path": None, "writable": True,
+        "rounding": {},
     }  # fmt: skip
 
 
@@ -242,6 +243,23 @@ def test_narrow_rows_come_back_in_the_models_dtype(dtype):
     assert manager.nbytes == 40 * (6 * 2 + 8)
     stored = torch.float16 if dtype == "float16" else dtype
     assert torch.equal(rows.tensors[0], exact.to(stored).float())
+    lost = float((exact.to(stored).double() - exact.double()).norm() / exact.double().norm())
+    assert manager.info()["train"]["rounding"] == {"activation.0": pytest.approx(lost, rel=1e-6)}
+    assert 0 < lost < {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[stored], "half a unit in the last place"
+
+
+def test_rounding_is_measured_where_rows_are_narrowed(tmp_path):
+    """Lossless rows have none; of a file that is opened it is that of the rows recomputed to check it."""
+    manager = make_manager()
+    list(manager.loader(DataLoader(make_data(), 8)))
+    assert manager.info()["train"]["rounding"] == {}
+    manager = make_manager(f"hdf5:{tmp_path}", dtype="bfloat16")
+    list(manager.loader(DataLoader(make_data(), 8)))
+    manager.close()
+    manager = make_manager(f"hdf5:{tmp_path}", dtype="bfloat16")
+    manager.loader(DataLoader(make_data(), 8))
+    assert 0 < manager.info()["train"]["rounding"]["activation.0"] < 2.0**-8
+    manager.close()
 
 
 def test_overflow_names_the_sample():
