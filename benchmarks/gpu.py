@@ -1,4 +1,6 @@
-"""What needs CUDA, in a few minutes: the tests marked ``gpu``, and small epoch timings. Without CUDA it says so.
+"""What needs CUDA, in under eight minutes: the tests marked ``gpu`` and the GPU table. Without CUDA it says so.
+
+``--smoke --device cpu`` is a dry run of every line but those that only CUDA can run.
 
 The last line printed is one JSON object, also kept as benchmarks/results/gpu-<name>.json.
 """
@@ -11,9 +13,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import gpu_parts
 import torch
+
+from cachefreeze.machine import hardware, load_average, versions
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,26 +50,89 @@ def run_tests(selected: str) -> dict[str, object]:
     return {"exit_status": process.returncode, "summary": summary, "failed": failed, "seconds": seconds}
 
 
+def parts(device: torch.device, rounds: int, smoke: bool) -> dict[str, Any]:
+    """What is timed here, each with the seconds it took."""
+    from torchvision.models import resnet18, resnet50
+
+    steps = {"width": 64, "steps": 3} if smoke else {"width": 2048, "steps": 300}
+    head = {"rows": 2048, "width": 64, "classes": 10, "batch": 256}
+    cut: dict[str, Any] = {"model": resnet18, "image": 32, "samples": 16, "batch": 8}
+    if not smoke:
+        head = {"rows": 1_280_000, "width": 2048, "classes": 1000, "batch": 1024}
+        cut = {"model": resnet50, "image": 224, "samples": 768, "batch": 64}
+    todo: dict[str, Callable[[], dict[str, Any]]] = {
+        "short_steps": lambda: gpu_parts.short_steps(device, rounds=rounds, **steps),
+        "million_rows": lambda: gpu_parts.million_rows(device, rounds=rounds, **head),
+    }
+    for name, autocast in (("middle_cut", None), ("middle_cut_bf16", torch.bfloat16)):
+        todo[name] = partial(
+            gpu_parts.middle_cut, device, train_from="layer3", rounds=rounds, autocast=autocast, **cut
+        )
+    found = {}
+    for name, run in todo.items():
+        began = time.perf_counter()
+        found[name] = run()
+        found[name]["part_seconds"] = time.perf_counter() - began
+        print(f"{name}: {found[name]['part_seconds']:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def targets(found: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
+    """What was aimed at: name, found, relation, aim, and whether it holds."""
+    steps = [found["short_steps"][head] for head in ("linear", "two-layer")]
+    cut = found["middle_cut"]
+    aims = [
+        ("device tier over the ceiling, middle cut", cut["to_ceiling"]["device"], "<=", 1.05),
+        ("eager over compiled, linear head", steps[0]["eager_to_compiled"], ">=", 3.0),
+        ("eager over compiled, two-layer head", steps[1]["eager_to_compiled"], ">=", 3.0),
+        ("16 linear heads over one, compiled", steps[0]["heads_to_one"], "<=", 2.0),
+        ("seconds an epoch over a million rows, compiled", found["million_rows"]["median_seconds"]["compiled"], "<=", 0.5),
+        ("share of the transfer hidden, host", cut["hidden"]["host"], ">=", 0.9),
+    ]
+    return [(*aim, aim[1] <= aim[3] if aim[2] == "<=" else aim[1] >= aim[3]) for aim in aims]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", help="of the results file: gpu-<name>.json; default the GPU's own name")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tests", default="tests", help="which tests; default all that are marked gpu")
-    parser.add_argument("--smoke", action="store_true", help="seconds: one job, few samples, no results file")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: with --smoke, a dry run")
+    parser.add_argument("--smoke", action="store_true", help="few samples, no results file; its numbers say nothing")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cpu" and not args.smoke:
+        parser.error("--device cpu is a dry run of this script: add --smoke")
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu.py: CUDA is not available here, so there is nothing to run")
         return 0
     import epoch_timings  # here: torchvision and scikit-learn are not needed to say that there is no CUDA
 
+    began = time.perf_counter()
+    device = torch.device(args.device)
     tests = run_tests(args.tests)
+    found = parts(device, 2 if args.smoke else args.rounds, args.smoke)
     timings = []
     for job in _JOBS[:1] if args.smoke else _JOBS:
-        words = ["--device", "cuda", "--samples", str(_SAMPLES), "--rounds", str(args.rounds)]
-        found = epoch_timings.timed(epoch_timings.parse([*job, *words, *(["--smoke"] if args.smoke else [])]))
-        print(epoch_timings.table(found), end="\n\n", flush=True)
-        timings.append(found)
-    result = {"schema": SCHEMA, "benchmark": "gpu", "tests": tests, "timings": timings}
+        words = ["--device", args.device, "--samples", str(_SAMPLES), "--rounds", str(args.rounds)]
+        timed = epoch_timings.timed(epoch_timings.parse([*job, *words, *(["--smoke"] if args.smoke else [])]))
+        print(epoch_timings.table(timed), end="\n\n", flush=True)
+        timings.append(timed)
+    aims = targets(found)
+    for name, value, relation, aim, holds in aims:
+        print(f"{name:50} {value:8.3f}  aim {relation} {aim}  {'holds' if holds else 'DOES NOT HOLD'}")
+    result = {
+        "schema": SCHEMA,
+        "benchmark": "gpu",
+        "hardware": hardware(device),
+        "versions": versions(),
+        "load_average": load_average(),
+        "total_seconds": time.perf_counter() - began,
+        "tests": tests,
+        "targets": [dict(zip(("name", "found", "relation", "aim", "holds"), aim, strict=True)) for aim in aims],
+        **found,
+        "timings": timings,
+    }
+    print(f"in all {result['total_seconds']:.0f} s (aim: under 480)")
     if not args.smoke:
         name = args.name or torch.cuda.get_device_name()
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

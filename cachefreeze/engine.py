@@ -65,7 +65,9 @@ class Engine:
         model: The user's model, on its device. Freeze it first, or give a schedule; ``engine.model`` stays this very
             object.
         store: ``auto``, ``auto:DIR`` (on disk in DIR where memory is too small), ``device``, ``host``, ``hdf5:DIR``,
-            ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen model without a cache (the baseline).
+            ``hdf5:FILE.h5``, a Store, or ``off`` to run the frozen model without a cache (the baseline). Or
+            ``other.cache`` of another engine over an equal prefix: loaders of the same name share its stores, and
+            whichever needs a row first computes it; close that engine last.
         schedule: What freezes when; None: what is frozen now stays frozen.
         moves: When the boundary of the cache follows a schedule, at the beginning of an epoch: ``measured``, where what
             the move saves until the next one is predicted to exceed what it costs, or ``always``.
@@ -89,7 +91,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        store: str | Store = "auto",
+        store: str | Store | CacheManager = "auto",
         *,
         schedule: Schedule | None = None,
         moves: Literal["measured", "always"] = "measured",
@@ -99,7 +101,7 @@ class Engine:
     ) -> None:
         if schedule is not None and not isinstance(schedule, Schedule):
             raise UsageError(f"schedule={schedule!r}: expected a schedule such as cf.FreezeOut(), or None")
-        if schedule is not None and (isinstance(store, Store) or store.endswith(".h5")):
+        if schedule is not None and (not isinstance(store, str) or store.endswith(".h5")):
             raise UsageError(
                 "a schedule needs a store for every boundary; give store= as 'host', 'device' or 'hdf5:DIR'"
             )

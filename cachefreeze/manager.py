@@ -31,7 +31,8 @@ class CacheManager:
     Args:
         parts: A verified split.
         store: ``auto``, ``device``, ``host``, ``hdf5:DIR``, ``hdf5:FILE.h5`` or a Store. A file or a Store serves the
-            first loader; further ones get a store of the same kind.
+            first loader; further ones get a store of the same kind. Or another manager over an equal prefix: loaders of
+            the same name share its stores, which stay its own to close.
         autocast: Autocast dtype under which the prefix runs; None runs it without.
         dtype: In which rows are kept: ``auto`` (lossless), float32, float16 or bfloat16.
         prefix: ``exact``, ``optimized``, ``optimized:bfloat16``, ``optimized:float16`` or an
@@ -46,7 +47,7 @@ class CacheManager:
     def __init__(
         self,
         parts: Parts,
-        store: str | Store = "auto",
+        store: str | Store | CacheManager = "auto",
         *,
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
@@ -56,7 +57,8 @@ class CacheManager:
         self.parts = parts
         self._below = below
         self._segment = None if below is None else below.parts.segment_to(parts)
-        self._where = store
+        self._lender = store if isinstance(store, CacheManager) else None
+        self._where: str | Store = for_another(store._where) if isinstance(store, CacheManager) else store
         self._prefix = prefix_of(parts, NumericMode(autocast), dtype, prefix)
         self._rows: dict[str, StoredRows] = {}
 
@@ -114,12 +116,13 @@ class CacheManager:
             if held.view.identity() != view.identity():
                 raise UsageError(f"name={name!r} holds the rows of other samples already; give this loader its own")
         else:
-            where = self._where if not self._rows else for_another(self._where)
+            lent = None if self._lender is None else self._lender._rows.get(name)
+            where = lent or (self._where if not self._rows else for_another(self._where))
             held = self._new(name, view, where, version or "")
             self._rows[name] = held
         return CachedLoader(dataloader, held, clock)
 
-    def _new(self, name: str, view: View, where: str | Store, version: str) -> StoredRows:
+    def _new(self, name: str, view: View, where: str | Store | StoredRows, version: str) -> StoredRows:
         below = None if self._below is None else self._below._rows.get(name)
         if below is None or self._segment is None or view.ragged is not None:
             return StoredRows(self._prefix, name, view, where, version)
@@ -169,7 +172,7 @@ class CacheManager:
         return {name: held.store.verify() for name, held in self._rows.items()}
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """Per loader name: tier, rows, rows present, bytes, path of the file if any, how its rows are made."""
+        """Per loader name: tier, rows, rows present, bytes, path of the file if any, how rows are made and rounded."""
         return {
             name: {
                 "tier": held.store.tier,
@@ -179,6 +182,7 @@ class CacheManager:
                 "path": str(held.store.path) if isinstance(held.store, HDF5Store) else None,
                 "writable": held.store.writable,
                 "prefix": self.made_by,
+                "rounding": held.format.rounding,
             }
             for name, held in self._rows.items()
         }
@@ -221,7 +225,8 @@ class CacheManager:
         """Commit and close all stores."""
         self.commit()
         for held in self._rows.values():
-            held.store.close()
+            if not held.borrowed:
+                held.store.close()
         self._prefix.release()
         self._rows.clear()
 

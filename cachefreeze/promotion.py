@@ -35,7 +35,7 @@ class PromotedRows(StoredRows):
         prefix: FrozenPrefix,
         name: str,
         view: View,
-        where: str | Store,
+        where: str | Store | StoredRows,
         version: str,
         *,
         below: StoredRows,

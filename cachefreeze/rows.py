@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError, LoaderError, StaleCacheError, StoreError, UsageError
-from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
+from cachefreeze.fingerprint import difference, state_tensors, structure, tensors_digest
 from cachefreeze.formats import format_of
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, move, worker_loader
@@ -128,9 +128,23 @@ class FrozenPrefix:
 
 
 class StoredRows:
-    """The rows of one loader's samples: how to make them, and the store that keeps them."""
+    """The rows of one loader's samples: how to make them, and the store that keeps them.
 
-    def __init__(self, prefix: FrozenPrefix, name: str, view: View, where: str | Store, version: str) -> None:
+    Args:
+        prefix: Makes rows.
+        name: Of the loader.
+        view: Its samples.
+        where: The store, as for an Engine, or the rows of another engine over an equal prefix, whose store serves both.
+        version: Rows made under another version are not reused.
+
+    Raises:
+        StoreError: The rows cannot be kept where they should be.
+        StaleCacheError: What is there, or lent, is not what this prefix makes of these samples.
+    """
+
+    def __init__(
+        self, prefix: FrozenPrefix, name: str, view: View, where: str | Store | StoredRows, version: str
+    ) -> None:
         self.prefix = prefix
         self.name = name
         self.view = view
@@ -159,14 +173,16 @@ class StoredRows:
             revision=self._revision,
         )
         self._watch = SampleWatch(view)
-        self.store = open_store(where, wanted)
+        self._fingerprint = wanted.fingerprint
+        self.borrowed = isinstance(where, StoredRows)
+        self.store = where._lent(wanted) if isinstance(where, StoredRows) else open_store(where, wanted)
         self._says = self._revision if MADE_FROM in self.store.spec.fields else None
         self._rewritten, self._stale = 0, set[int]()
         if self._says is not None and isinstance(self.store, HDF5Store):
             self._rewritten, self._stale = self._says.rewritten, set(self._says.stale)
             self.store.forget(self._says.mismatched(self.store))  # of a file that this process cannot bring up to date
         # whether it is new, or was left empty by somebody who is not writing it
-        self.made = self.store.writable and self.store.count == 0
+        self.made = self.store.writable and self.store.count == 0 and not self.borrowed
         # also when nothing is written here: a killed process may have left rows that have not reached the disk
         self._uncommitted = True
         prefix.rows_ahead += self.spec.rows - self.store.count
@@ -321,6 +337,17 @@ class StoredRows:
         self._write(mine, computed)
         if progress is not None:
             progress(int(mine.sum()))
+
+    def _lent(self, wanted: Wanted) -> Store:
+        """The store of these rows, for others that are the same."""
+        lines = difference(self._fingerprint, wanted.fingerprint)
+        if lines or self.spec != wanted.spec:
+            raise StaleCacheError(
+                f"the rows of {self.name!r} cannot be shared with this engine, these differ: "
+                f"{'; '.join(lines) or 'the fields of a row'}. Engines share rows of equal frozen weights, samples and "
+                "settings; give this one a store of its own"
+            )
+        return self.store
 
     # --- inside ---
 

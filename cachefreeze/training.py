@@ -200,9 +200,11 @@ class Trainer:
     def _describe(self, report: Report) -> None:
         """Note where rows are kept and where the model is split now; a schedule moves both."""
         parts, cache = self.engine.parts, self.engine.cache
-        tiers = {facts["tier"] for facts in cache.info().values()} if cache is not None else {"off"}
+        stores = cache.info() if cache is not None else {}
+        tiers = {facts["tier"] for facts in stores.values()} if cache is not None else {"off"}
         report.store = "+".join(sorted(tiers))
         report.store_bytes = cache.nbytes if cache is not None else 0
+        report.rounding = {name: facts["rounding"] for name, facts in stores.items() if facts["rounding"]}
         report.moves = [asdict(move) for move in self.engine.decisions]
         report.split = None
         if parts is not None:

@@ -145,6 +145,26 @@ def test_gpu_without_cuda():
     assert "CUDA is not available" in lines[0]
 
 
+@pytest.mark.slow
+def test_gpu_dry_run(tmp_path):
+    """Every part of the GPU table runs on a CPU as well, on small sizes: what only a GPU can find out is the numbers."""
+    found = json.loads(run("gpu.py", tmp_path, "--smoke", "--device", "cpu", "--tests", "tests/test_gpu.py")[-1])
+    assert (found["tests"]["exit_status"], found["tests"]["failed"]) == (0, [])
+    assert len(found["targets"]) == 6
+    assert found["million_rows"]["source"] == "cached"
+    assert set(found["middle_cut"]["to_ceiling"]) == {"device", "host", "hdf5"}
+    assert found["middle_cut_bf16"]["row_bytes"] * 2 == found["middle_cut"]["row_bytes"]
+
+
+def test_heads(tmp_path):
+    """Sixteen heads are timed beside one, for every optimizer and row."""
+    out = tmp_path / "heads.json"
+    found = json.loads(run("heads.py", tmp_path, "--smoke", "--out", str(out))[-1])
+    assert found == json.loads(out.read_text())
+    assert {case["optimizer"] for case in found["cases"]} == {"sgd", "sgd, fused", "adamw", "adamw, fused"}
+    assert all(case["to_one"]["heads"] > 0 for case in found["cases"])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_gpu_smoke(tmp_path):

@@ -230,6 +230,7 @@ def test_a_read_only_store_trains_without_writing(tmp_path):
     assert manager.info()["train"] | {"path": None} == {
         "tier": "hdf5", "rows": 40, "rows_present": 8, "nbytes": manager.nbytes, "path": None, "writable": True,
         "prefix": {"choice": "exact"},
+        "rounding": {},
     }  # fmt: skip
 
 
@@ -274,6 +275,23 @@ def test_narrow_rows_come_back_in_the_models_dtype(dtype):
     assert manager.nbytes == 40 * (6 * 2 + 8)
     stored = torch.float16 if dtype == "float16" else dtype
     assert torch.equal(rows.tensors[0], exact.to(stored).float())
+    lost = float((exact.to(stored).double() - exact.double()).norm() / exact.double().norm())
+    assert manager.info()["train"]["rounding"] == {"activation.0": pytest.approx(lost, rel=1e-6)}
+    assert 0 < lost < {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[stored], "half a unit in the last place"
+
+
+def test_rounding_is_measured_where_rows_are_narrowed(tmp_path):
+    """Lossless rows have none; of a file that is opened it is that of the rows recomputed to check it."""
+    manager = make_manager()
+    list(manager.loader(DataLoader(make_data(), 8)))
+    assert manager.info()["train"]["rounding"] == {}
+    manager = make_manager(f"hdf5:{tmp_path}", dtype="bfloat16")
+    list(manager.loader(DataLoader(make_data(), 8)))
+    manager.close()
+    manager = make_manager(f"hdf5:{tmp_path}", dtype="bfloat16")
+    manager.loader(DataLoader(make_data(), 8))
+    assert 0 < manager.info()["train"]["rounding"]["activation.0"] < 2.0**-8
+    manager.close()
 
 
 def test_overflow_names_the_sample():
@@ -464,3 +482,63 @@ def test_a_file_that_another_process_is_creating_is_waited_for(tmp_path):
         process.communicate()
         assert process.returncode == 0
     assert len(list(tmp_path.glob("*.h5"))) == 1
+
+
+@pytest.mark.parametrize("store", ["host", "hdf5"])
+def test_engines_share_stores(store, tmp_path):
+    """Two engines over equal prefixes compute each row once between them, and train as each would alone."""
+    place = f"hdf5:{tmp_path}" if store == "hdf5" else store
+
+    def train(engine, batches, rate):
+        optimizer = torch.optim.SGD([p for p in engine.model.parameters() if p.requires_grad], lr=rate)
+        losses = []
+        for x, y in batches:
+            optimizer.zero_grad()
+            losses.append(nn.functional.cross_entropy(engine(x), y))
+            losses[-1].backward()
+            optimizer.step()
+        return torch.stack(losses).detach()
+
+    def engine_for(where):
+        model = make_model()
+        cf.freeze(model, train_from="2")
+        engine = cf.Engine(model, where)
+        return engine, engine.loader(DataLoader(make_data(), 8))
+
+    alone, batches = engine_for("host")
+    wanted = train(alone, batches, 0.5)
+    first, batches = engine_for(place)
+    second, others = engine_for(first.cache)
+    for _, _ in zip(range(2), batches, strict=False):
+        pass
+    some = first.cache.info()["train"]["rows_present"]
+    assert 0 < some < 40
+    assert torch.equal(train(second, others, 0.5), wanted)
+    assert (others.counts.cached, others.counts.computed) == (some, 40 - some)
+    assert train(first, batches, 0.1).isfinite().all()
+    assert (batches.counts.cached, batches.source) == (40, "cached")
+    # a loader that the first engine does not have gets a store of the same kind
+    more = second.loader(DataLoader(make_data(), 8), name="more")
+    assert second.cache.info()["more"]["tier"] == store
+    assert len(list(more)) == 5
+    second.close()
+    assert len(list(batches)) == 5, "its store is still open"
+    first.close()
+
+
+def test_rows_of_another_prefix_are_not_shared():
+    """Other frozen weights, other samples or another dtype: the difference is named."""
+    model = make_model()
+    cf.freeze(model, train_from="2")
+    first = cf.Engine(model, "host")
+    first.loader(DataLoader(make_data(), 8))
+    other = make_model(scale=2.0)
+    cf.freeze(other, train_from="2")
+    with pytest.raises(StaleCacheError, match="cannot be shared with this engine, these differ: weights"):
+        cf.Engine(other, first.cache).loader(DataLoader(make_data(), 8))
+    with pytest.raises(StaleCacheError, match="these differ"):
+        cf.Engine(model, first.cache, dtype="bfloat16").loader(DataLoader(make_data(), 8))
+    with pytest.raises(StaleCacheError, match="these differ"):
+        cf.Engine(model, first.cache).loader(DataLoader(make_data(24), 8))
+    with pytest.raises(UsageError, match="needs a store for every boundary"):
+        cf.Engine(make_model(), first.cache, schedule=cf.FreezeOut())

@@ -145,8 +145,8 @@ def test_what_a_run_leaves(tmp_path):
     torch.load(tmp_path / "state.pt", weights_only=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report) == [
-        "schema", "model", "data", "versions", "device", "store", "store_bytes", "split", "fill_seconds",
-        "total_seconds", "moves", "epochs",
+        "schema", "model", "data", "versions", "device", "store", "store_bytes", "rounding", "split",
+        "fill_seconds", "total_seconds", "moves", "epochs",
     ]  # fmt: skip
     assert list(report["epochs"][0]) == [
         "epoch", "source", "boundary", "cache_boundary", "seconds", "val_seconds", "val_source", "train_loss",

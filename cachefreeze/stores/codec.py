@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -12,6 +13,41 @@ from cachefreeze.errors import RowValueError, UsageError
 from cachefreeze.stores.base import FieldSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+# Rows whose rounding is measured; enough for two digits, and next to nothing of a fill.
+_MEASURED_ROWS = 1024
+
+
+@dataclass
+class Rounding:
+    """What keeping rows in a narrower dtype has changed, over the first rows that were encoded.
+
+    Attributes:
+        rows: How many were measured.
+    """
+
+    rows: int = 0
+    _squares: float = 0.0
+    _errors: float = 0.0
+
+    @property
+    def relative(self) -> float | None:
+        """Norm of the rounding over the norm of the rows; None before any was measured."""
+        if not self.rows:
+            return None
+        return sqrt(self._errors / self._squares) if self._squares else 0.0
+
+    def add(self, rows: Tensor, stored: Tensor) -> None:
+        """Measure some rows, as they were and as they are stored, until enough are."""
+        rows, stored = rows[: _MEASURED_ROWS - self.rows], stored[: _MEASURED_ROWS - self.rows]
+        if not len(rows):
+            return
+        finite = rows.isfinite()
+        exact = torch.where(finite, rows, 0).double()
+        self.rows += len(rows)
+        self._squares += float(exact.square().sum())
+        self._errors += float((exact - torch.where(finite, stored, 0).double()).square().sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +61,7 @@ class RowCodec:
         stored: As kept; the same dtype is lossless.
         batch_dim: Where the batch dimension is in the tensor.
         layout: Dimensions of the batched tensor from slowest to fastest in memory.
+        rounding: What a narrower dtype has changed so far.
 
     Shapes:
         tensor: ``shape`` with the batch at ``batch_dim`` <-> rows: (batch, *field.shape), contiguous.
@@ -36,6 +73,7 @@ class RowCodec:
     stored: torch.dtype
     batch_dim: int = 0
     layout: tuple[int, ...] = ()
+    rounding: Rounding = dataclasses.field(default_factory=Rounding, compare=False)
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -60,6 +98,7 @@ class RowCodec:
         if self.stored != self.dtype:
             narrowed = rows.to(self.stored)
             self._check_overflow(rows, narrowed, samples)
+            self.rounding.add(rows, narrowed)
             rows = narrowed
         return rows.contiguous()
 

@@ -1,0 +1,163 @@
+"""Sixteen heads from one pass over the rows: what does an epoch of all cost beside an epoch of one?
+
+The method is in benchmarks/README.md. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from epoch_timings import write
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import cachefreeze as cf
+from cachefreeze.machine import hardware, load_average, synchronize, versions
+
+SCHEMA = 1
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "sgd, fused": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
+    "adamw, fused": lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+}
+_WIDTHS = {64: 10, 512: 10, 1280: 10}  # of a row -> classes
+
+
+class _Rows(nn.Module):
+    """A frozen layer that is next to nothing, so that a row is as wide as asked for, and a linear head."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(x))
+
+
+def _epochs(width: int, count: int, kind: str, args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
+    """An epoch of one head as a user writes it, of one after the other, and of all at once."""
+    rates = [10 ** (-3 * i / max(count - 1, 1)) for i in range(count)]
+    data = TensorDataset(torch.randn(args.rows, width), torch.randint(_WIDTHS[width], (args.rows,)))
+
+    def prepared() -> tuple[cf.Engine, Any]:
+        torch.manual_seed(0)
+        model = _Rows(width, _WIDTHS[width]).to(args.device)
+        cf.freeze(model, train_from="head")
+        engine = cf.Engine(model, "device" if args.device == "cuda" else "host")
+        batches = engine.loader(
+            DataLoader(data, args.batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+        )
+        engine.cache.fill(batches)
+        return engine, batches
+
+    def one() -> Callable[[], torch.Tensor]:
+        engine, batches = prepared()
+        optimizer = _OPTIMIZERS[kind](engine.model.head.parameters())
+
+        def epoch() -> torch.Tensor:
+            for x, y in batches:
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(engine(x), y)
+                loss.backward()
+                optimizer.step()
+            return loss.detach()
+
+        return epoch
+
+    def several(compiled: bool) -> Callable[[], torch.Tensor]:
+        engine, batches = prepared()
+        heads = engine.heads(count)
+        groups = [{"params": heads.parameters(i), "lr": 0.1 * rate} for i, rate in enumerate(rates)]
+        optimizer = _OPTIMIZERS[kind](groups)
+        step = heads.compile_step(functional.cross_entropy, optimizer)
+
+        def epoch() -> torch.Tensor:
+            for x, y in batches:
+                if compiled:
+                    loss = step(x, y)
+                    continue
+                optimizer.zero_grad()
+                loss = heads.losses(functional.cross_entropy, x, y)
+                loss.sum().backward()
+                optimizer.step()
+            return loss.detach()
+
+        return epoch
+
+    found = {"one": one(), "heads": several(False)}
+    if args.device == "cuda":  # needs CUDA
+        found["heads, compiled"] = several(True)
+    return found
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    cases = []
+    for width in _WIDTHS:
+        for kind in _OPTIMIZERS:
+            epochs = _epochs(width, args.heads, kind, args)
+            seconds: dict[str, list[float]] = {name: [] for name in epochs}
+            for round_ in range(args.rounds + 1):
+                names = list(epochs)
+                for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                    synchronize(torch.device(args.device))
+                    began = time.perf_counter()
+                    epochs[name]()
+                    synchronize(torch.device(args.device))
+                    if round_:  # the first is the warm-up
+                        seconds[name].append(time.perf_counter() - began)
+            ratios = {
+                name: statistics.median(a / b for a, b in zip(seconds[name], seconds["one"], strict=True))
+                for name in epochs
+                if name != "one"
+            }
+            cases.append(
+                {"row_width": width, "optimizer": kind, "heads": args.heads, "seconds": seconds, "to_one": ratios}
+            )
+            shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+            one_ms = 1000 * statistics.median(seconds["one"])
+            print(f"rows of {width:5}, {kind:13} one head {one_ms:8.2f} ms an epoch; {args.heads} {shown}", flush=True)
+    return cases
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
+    parser.add_argument("--out", type=Path, help="results file")
+    args = parser.parse_args()
+    if args.smoke:
+        args.rows, args.rounds, args.heads = 256, 2, 3
+    before = load_average()
+    cases = measure(args)
+    result = {
+        "schema": SCHEMA,
+        "benchmark": "heads",
+        "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "hardware": hardware(torch.device(args.device)),
+        "versions": versions(),
+        "load_average": {"before": before, "after": load_average()},
+        "cases": cases,
+    }
+    if args.out is not None:
+        write(result, args.out)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
