@@ -18,6 +18,7 @@ from torch import Tensor
 from cachefreeze.errors import StoreSpaceError, UsageError
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec, check_spec
 from cachefreeze.stores.ragged import Lengths
+from cachefreeze.stores.recycling import Recycler
 
 _MEMINFO = Path("/proc/meminfo")
 _PAGE_BYTES = 4096  # the smallest page of any platform that torch runs on, so no page is left out below
@@ -66,6 +67,7 @@ class _TensorStore(Store):
             raise _space_error(spec, device, free_bytes)
         super().__init__(spec, device)
         self._pin = pin
+        self._recycler = Recycler()
         try:
             self._data = {field.name: _allocate(field, spec.rows, device) for field in spec.fields}
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
@@ -107,8 +109,11 @@ class _TensorStore(Store):
 
     def _gather(self, name: str, index: Tensor) -> Tensor:
         data = self._data[name]
-        if not self._pin:
+        if data.device.type != "cpu":  # needs CUDA, or another accelerator
             return data.index_select(0, index)
+        if not self._pin:
+            fresh = self._recycler.empty((len(index), *data.shape[1:]), data.dtype)
+            return torch.index_select(data, 0, index, out=fresh)
         return self._gather_pinned(data, index)  # needs CUDA
 
     @staticmethod
