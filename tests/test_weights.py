@@ -50,7 +50,7 @@ def test_every_element_counts():
 
 
 def test_another_tensor_is_a_change():
-    """A parameter that was replaced or removed, or whose data lies elsewhere is a change, though it may hold the same."""
+    """A parameter that was replaced or removed, or whose data lies elsewhere is a change, equal or not."""
     model = small()
     watch = WeightWatch(model)
     model[2].weight = nn.Parameter(model[2].weight.detach().clone())

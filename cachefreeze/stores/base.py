@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import ClassVar, final
 
 import numpy as np
@@ -132,7 +133,7 @@ class Store(ABC):
     """Rows of one dataset's samples. Subclasses are final; see ``cachefreeze.testing`` for the conformance suite.
 
     Attributes:
-        tier: ``device``, ``host`` or ``hdf5``.
+        tier: ``device``, ``host``, ``hdf5`` or ``mixed``.
         spec: Rows and fields.
         device: Where :meth:`read` puts what it returns.
         writable: Whether :meth:`write` may be called.
@@ -158,6 +159,11 @@ class Store(ABC):
     def full(self) -> bool:
         """Whether this process knows every row to be present."""
         return self._count == self.spec.rows
+
+    @property
+    def path(self) -> Path | None:
+        """The file that holds rows of this store, if one does."""
+        return None
 
     @property
     def nbytes(self) -> int:

@@ -93,8 +93,8 @@ class _TensorStore(Store):
             if field.lengths is not None:
                 kept = field.lengths.mask(rows, values.shape[1]).flatten().nonzero().flatten()
                 index = field.lengths.positions(rows, values.shape[1]).flatten()[kept]
-                values = values.flatten(0, 1).index_select(0, _sent(kept, values.device))
-            self._data[field.name].index_copy_(0, _sent(index, self.device), _sent(values, self.device))
+                values = values.flatten(0, 1).index_select(0, sent(kept, values.device))
+            self._data[field.name].index_copy_(0, sent(index, self.device), sent(values, self.device))
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
         indices: dict[Lengths | None, Tensor] = {}  # fields that share their lengths share their index
@@ -103,7 +103,7 @@ class _TensorStore(Store):
             shape = field.batch_shape(rows)
             if field.lengths not in indices:
                 index = rows if field.lengths is None else field.lengths.positions(rows, shape[1]).flatten()
-                indices[field.lengths] = _sent(index, self.device)
+                indices[field.lengths] = sent(index, self.device)
             batch[field.name] = self._gather(field.name, indices[field.lengths]).view(shape)
         return batch
 
@@ -131,7 +131,7 @@ def _allocate(field: FieldSpec, rows: int, device: torch.device) -> Tensor:
     return flat
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, without waiting for the device to have it."""
     if tensor.device == device:
         return tensor
