@@ -65,9 +65,7 @@ def parts(device: torch.device, rounds: int, smoke: bool) -> dict[str, Any]:
         "million_rows": lambda: gpu_parts.million_rows(device, rounds=rounds, **head),
     }
     for name, autocast in (("middle_cut", None), ("middle_cut_bf16", torch.bfloat16)):
-        todo[name] = partial(
-            gpu_parts.middle_cut, device, train_from="layer3", rounds=rounds, autocast=autocast, **cut
-        )
+        todo[name] = partial(gpu_parts.middle_cut, device, train_from="layer3", rounds=rounds, autocast=autocast, **cut)
     found = {}
     for name, run in todo.items():
         began = time.perf_counter()
@@ -86,7 +84,12 @@ def targets(found: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
         ("eager over compiled, linear head", steps[0]["eager_to_compiled"], ">=", 3.0),
         ("eager over compiled, two-layer head", steps[1]["eager_to_compiled"], ">=", 3.0),
         ("16 linear heads over one, compiled", steps[0]["heads_to_one"], "<=", 2.0),
-        ("seconds an epoch over a million rows, compiled", found["million_rows"]["median_seconds"]["compiled"], "<=", 0.5),
+        (
+            "seconds an epoch over a million rows, compiled",
+            found["million_rows"]["median_seconds"]["compiled"],
+            "<=",
+            0.5,
+        ),
         ("share of the transfer hidden, host", cut["hidden"]["host"], ">=", 0.9),
     ]
     return [(*aim, aim[1] <= aim[3] if aim[2] == "<=" else aim[1] >= aim[3]) for aim in aims]

@@ -229,7 +229,5 @@ def middle_cut(
         "seconds": seconds,
         "median_seconds": medians,
         "to_ceiling": {tier: ratio(seconds, tier, "ceiling") for tier in ("device", "host", "hdf5")},
-        "hidden": {
-            tier: 1 - (medians[tier] - medians["device"]) / medians["transfer"] for tier in ("host", "hdf5")
-        },
+        "hidden": {tier: 1 - (medians[tier] - medians["device"]) / medians["transfer"] for tier in ("host", "hdf5")},
     }

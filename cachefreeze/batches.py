@@ -104,7 +104,10 @@ class BatchLayout:
                 elements.append(rows)
             else:
                 tree = self._trees[name]
-                elements.append(pytree.tree_unflatten([next(rest) for _ in range(tree.num_leaves)], tree))
+                if tree.is_leaf():  # a label, most often: no tree to put together
+                    elements.append(next(rest))
+                else:
+                    elements.append(pytree.tree_unflatten([next(rest) for _ in range(tree.num_leaves)], tree))
         return self._container(elements)
 
     def replace(self, batch: Any, swap: Callable[[Any], Any]) -> Any:

@@ -324,6 +324,7 @@ class Engine:
         Raises:
             StaleCacheError, UsageError, TypeError: As a call does.
         """
+        alone = len(args) == 1 and not kwargs  # as in most steps: there is nothing else to look at
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)
         if rows is None:
             return self.model, args, kwargs
@@ -335,7 +336,8 @@ class Engine:
                 f"the suffix runs with autocast={ambient.autocast}, its rows were made with autocast="
                 f"{rows.mode.autocast}; make the engine with autocast={ambient.autocast}, or train without"
             )
-        self._refuse_beside_rows(args, kwargs)
+        if not alone:
+            self._refuse_beside_rows(args, kwargs)
         return self.parts.suffix, (*rows.tensors, *rows.lists), {}
 
     def compile_step(self, loss_fn: Callable[..., Tensor], optimizer: Optimizer) -> CompiledStep:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachefreeze.batches import map_tensors
 from cachefreeze.errors import LoaderError
 from cachefreeze.padding import Padded, input_leaves
 from cachefreeze.samples import View
@@ -76,7 +77,10 @@ class RowFormat(ABC):
 
     @abstractmethod
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
-        """What the suffix takes for ``rows``, and the user's batch in which it goes: :meth:`assemble` joins them."""
+        """What the suffix takes for ``rows``, and the user's batch in which it goes, both on ``device``.
+
+        :meth:`assemble` joins them.
+        """
 
     @abstractmethod
     def assemble(self, batch: Any, rows: Any) -> Any:
@@ -261,7 +265,7 @@ class RaggedRows(RowFormat):
             else:
                 codec = kept[i][1]
                 tensors.append(self._padded(spec, codec, send(values[codec.name], device), given))
-        return tensors, batch
+        return tensors, _sent(batch, device)
 
     def _padded(self, spec: BoundaryTensor, codec: RowCodec, rows: Tensor, given: Padded) -> Tensor:
         decoded = codec.decode(rows)
@@ -303,7 +307,8 @@ class ListedRows(RowFormat):
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """Activations, and the user's batch with sizes in place of images."""
         batch = self._samples.batch_of_sizes(_unpacked(values["raw"], self._samples.item_bytes[rows]))
-        return [codec.decode(send(values[codec.name], device)) for codec in self._codecs], batch
+        tensors = [codec.decode(send(values[codec.name], device)) for codec in self._codecs]
+        return tensors, _sent(batch, device)
 
     def assemble(self, batch: Any, rows: Any) -> Any:
         """In the user's own batch, in the place of every list that the model consumes."""
@@ -335,6 +340,11 @@ def _shapes(example: Example) -> list[tuple[int, ...]]:
     return [tuple(leaf.shape[1:]) for leaf in input_leaves(example) if isinstance(leaf, Tensor)]
 
 
+def _sent(batch: Any, device: torch.device) -> Any:
+    """Every tensor of a batch on ``device``."""
+    return map_tensors(lambda leaf: send(leaf, device), batch)
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, without waiting for what is queued there.
 
@@ -342,6 +352,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     they are.
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
     """
+    if tensor.device == device:
+        return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -163,6 +163,11 @@ class RowSource(Protocol):
 
     dataset: Any
 
+    @property
+    def settled(self) -> bool:
+        """Whether no row is absent."""
+        ...
+
     def check(self) -> None:
         """Raise if stored rows would be stale."""
         ...
@@ -286,7 +291,7 @@ class CachedLoader(LoaderProxy):
         for rows, scheduled, raw in batches:
             computed = [source.compute(scheduled, raw)] if scheduled else []
             # not scheduled for the workers: this pass has none, or the store keeps nothing that it is given
-            rest = [row for row in source.absent(rows) if row not in scheduled]
+            rest = [] if source.settled else [row for row in source.absent(rows) if row not in scheduled]
             if rest:
                 computed.append(source.compute(rest, source.fetch(rest)))
             yield source.batch(rows, counts, computed)

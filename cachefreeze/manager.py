@@ -18,7 +18,7 @@ from cachefreeze.promotion import PromotedRows
 from cachefreeze.rows import FillReport, StoredRows, forward_arguments
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
-from cachefreeze.stores import BadRow, HDF5Store, Store
+from cachefreeze.stores import BadRow, Store
 from cachefreeze.stores.opening import for_another
 from cachefreeze.stores.removal import remove_cache
 
@@ -179,7 +179,7 @@ class CacheManager:
                 "rows": held.store.spec.rows,
                 "rows_present": held.store.count,
                 "nbytes": held.store.nbytes,
-                "path": str(held.store.path) if isinstance(held.store, HDF5Store) else None,
+                "path": None if held.store.path is None else str(held.store.path),
                 "writable": held.store.writable,
                 "prefix": self.made_by,
                 "rounding": held.format.rounding,
@@ -213,7 +213,7 @@ class CacheManager:
 
         A file that was there before stays; it may serve another run. So does one that another process fills.
         """
-        made = [held.store.path for held in self._rows.values() if held.made and isinstance(held.store, HDF5Store)]
+        made = [held.store.path for held in self._rows.values() if held.made and held.store.path is not None]
         self.close()
         for path in made:
             try:

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cachefreeze.errors import CorruptRowError, LoaderError, StaleCacheError, StoreError, UsageError
+from cachefreeze.errors import CorruptRowError, LoaderError, StaleCacheError, UsageError
 from cachefreeze.fingerprint import difference, state_tensors, structure, tensors_digest
 from cachefreeze.formats import format_of
 from cachefreeze.isolation import preserved_random_state
-from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, move, worker_loader
+from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, worker_loader
 from cachefreeze.portions import Portions
 from cachefreeze.reporting import caching_line
 from cachefreeze.revision import MADE_FROM, Revision, input_digests
 from cachefreeze.samples import OF_ROWS, View
 from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.stores import HDF5Store, Store, StoreSpec
+from cachefreeze.stores.base import beyond
 from cachefreeze.stores.opening import Wanted, open_store
 from cachefreeze.tracing import Example
 from cachefreeze.waiting import Waiting
 from cachefreeze.watching import SampleWatch
+from cachefreeze.weights import WeightWatch
 
 # Stored rows that are recomputed and compared whenever an existing store is opened.
 _RECOMPUTED_ROWS = 4
@@ -67,6 +69,7 @@ class FrozenPrefix:
         self.rows_ahead = 0
         self._portions = Portions()
         self._digest = self._weights()
+        self._watch = WeightWatch(parts.prefix)
 
     def run(self, example: Example, count: int) -> list[Tensor]:
         """Activations of the first ``count`` samples, one tensor per boundary tensor, as rows are made of them."""
@@ -90,18 +93,22 @@ class FrozenPrefix:
     def check(self) -> None:
         """Raise if rows made earlier would be stale."""
         boundary = self.parts.boundary.name
-        thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
-        if thawed:
+        if self._watch.trainable():
+            thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
             raise StaleCacheError(
                 f"{thawed[0].removeprefix('graph.')} before the boundary {boundary!r} is trainable again, so its "
                 "cached rows would be stale. Freeze it, or make a new Engine"
             )
         self.parts.follow()
+        if not self._watch.changed():
+            return
+        # tensors that were moved (to another memory format, say) have another place, and maybe still their values
         if self._weights() != self._digest:
             raise StaleCacheError(
                 f"weights or buffers before the boundary {boundary!r} changed since the cache was opened, so its rows "
                 "are stale. Load weights before making the Engine; frozen parts must not move"
             )
+        self._watch = WeightWatch(self.parts.prefix)
 
     def identity(self) -> dict[str, str]:
         """Fingerprint fields of the prefix and of how it computes."""
@@ -217,15 +224,15 @@ class StoredRows:
         Raises:
             LoaderError: They are not indices of samples.
         """
-        asked = index_of(rows)
-        try:
-            present = self.store.present(asked).tolist()
-        except StoreError:
-            _check_beyond(asked.tolist(), self.spec.rows)
-            raise
+        present = self.store.present(self._asked(rows)).tolist()
         if all(present):
             return []
         return list(dict.fromkeys(int(row) for row, there in zip(rows, present, strict=True) if not there))
+
+    @property
+    def settled(self) -> bool:
+        """Whether no row is absent."""
+        return self.store.full
 
     def fetch(self, rows: Sequence[int]) -> Any:
         """The raw batch of ``rows``."""
@@ -245,7 +252,7 @@ class StoredRows:
 
     def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
         """The user's batch for ``rows``, some of which were just computed."""
-        index = index_of(rows)
+        index = self._asked(rows)
         repaired: list[Computed] = []
         while True:
             try:
@@ -265,7 +272,7 @@ class StoredRows:
         tensors, rest = self.format.decode(index, values, self.prefix.device)
         parts = self.prefix.parts
         made_rows = Rows(tensors, self.prefix.mode, parts, parts.boundary.tensors[0].batch_dim)
-        return self.format.assemble(move(rest, self.prefix.device), made_rows)
+        return self.format.assemble(rest, made_rows)
 
     def progress(self) -> str:
         """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``; empty once the store is full."""
@@ -351,6 +358,17 @@ class StoredRows:
 
     # --- inside ---
 
+    def _asked(self, rows: Sequence[int]) -> Tensor:
+        """(n,) int64 indices of samples.
+
+        Raises:
+            LoaderError: They are none.
+        """
+        index = index_of(rows)
+        if len(index) and beyond(index, self.spec.rows):
+            _check_beyond(index.tolist(), self.spec.rows)
+        return index
+
     def _claim(self, rows: Sequence[int]) -> Tensor:
         """(n,) bool: which of ``rows`` are for this process to write."""
         if not self.store.writable:
@@ -409,7 +427,7 @@ class StoredRows:
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
         """Rows from the store; those that it does not keep from where they were computed."""
-        if bool(self.store.present(index).all()):
+        if self.store.full or bool(self.store.present(index).all()):
             return self._read(index)
         place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
         wanted = index.tolist()

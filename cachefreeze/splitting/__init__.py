@@ -229,10 +229,13 @@ def _check_trainable(site: Site) -> None:
 def _check_modes(site: Site) -> None:
     """Flags set by hand freeze no statistics and no dropout: say so rather than cache something else."""
     model, boundary = site.model, site.name
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in site.before:
-        module = model.get_submodule(name)
-        above = [model.get_submodule(".".join(name.split(".")[:i])) for i in range(1, name.count(".") + 1)]
-        if module.training and is_stochastic(module) and not any(is_locked(m) for m in (module, *above)):
+        module = modules[name]
+        if not (module.training and is_stochastic(module)):
+            continue
+        above = [modules[".".join(name.split(".")[:i])] for i in range(1, name.count(".") + 1)]
+        if not any(is_locked(m) for m in (module, *above)):
             raise FreezeError(
                 f"{name!r} ({type(module).__name__}) runs before the boundary {boundary!r} and is in train mode: "
                 "requires_grad=False alone freezes neither batch statistics nor dropout. Use "

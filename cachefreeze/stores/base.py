@@ -16,8 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +133,7 @@ class Store(ABC):
     """Rows of one dataset's samples. Subclasses are final; see ``cachefreeze.testing`` for the conformance suite.
 
     Attributes:
-        tier: ``device``, ``host`` or ``hdf5``.
+        tier: ``device``, ``host``, ``hdf5`` or ``mixed``.
         spec: Rows and fields.
         device: Where :meth:`read` puts what it returns.
         writable: Whether :meth:`write` may be called.
@@ -146,11 +148,22 @@ class Store(ABC):
         self.writable = True
         self.closed = False
         self._present = torch.zeros(spec.rows, dtype=torch.bool)
+        self._count = 0
 
     @property
     def count(self) -> int:
         """Number of rows that this process knows to be present."""
-        return int(self._present.sum())
+        return self._count
+
+    @property
+    def full(self) -> bool:
+        """Whether this process knows every row to be present."""
+        return self._count == self.spec.rows
+
+    @property
+    def path(self) -> Path | None:
+        """The file that holds rows of this store, if one does."""
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -193,7 +206,7 @@ class Store(ABC):
         self._check_write(rows, batch)
         if len(rows):
             self._write(rows, batch)
-            self._present[rows] = True
+            self._mark(rows, present=True)
 
     def _check_write(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         self._require_writable()
@@ -214,10 +227,13 @@ class Store(ABC):
             CorruptRowError: A row failed its checksum; it is absent from now on.
         """
         rows = self._checked(rows)
-        here = self._looked(rows)
-        if not here.all():
-            absent = rows[~here]
-            raise StoreError(f"row {int(absent[0])} is absent ({len(absent)} of {len(rows)} asked for): fill it first")
+        if not self.full:
+            here = self._looked(rows)
+            if not here.all():
+                absent = rows[~here]
+                raise StoreError(
+                    f"row {int(absent[0])} is absent ({len(absent)} of {len(rows)} asked for): fill it first"
+                )
         try:
             return self._read(rows)
         except CorruptRowError as error:
@@ -228,7 +244,7 @@ class Store(ABC):
     def forget(self, rows: Tensor) -> None:
         """Mark rows absent for this process, so that they are computed again."""
         rows = self._checked(rows)
-        self._present[rows] = False
+        self._mark(rows, present=False)
         self._forget(rows)
 
     def commit(self) -> None:
@@ -264,6 +280,14 @@ class Store(ABC):
     def _release(self, rows: Tensor) -> None:  # noqa: B027
         """Let other processes claim ``rows``."""
 
+    @final
+    def _mark(self, rows: Tensor, *, present: bool) -> None:
+        """Note that ``rows``, some of them maybe twice, are present or absent."""
+        held, index = self._present.numpy(), rows.numpy()
+        changed = np.unique(index[held[index] != present])
+        held[changed] = present
+        self._count += len(changed) if present else -len(changed)
+
     def _looked(self, rows: Tensor) -> Tensor:
         here = self._present[rows]
         if not here.all():
@@ -285,11 +309,14 @@ class Store(ABC):
             raise StoreError(
                 f"rows must be a 1-d int64 tensor on the CPU, got {rows.dim()}-d {rows.dtype} on {rows.device}"
             )
-        if len(rows):
-            least, most = (int(row) for row in rows.aminmax())
-            if not 0 <= least <= most < self.spec.rows:
-                raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {least}..{most}")
+        if len(rows) and beyond(rows, self.spec.rows):
+            raise StoreError(f"rows must lie in 0..{self.spec.rows - 1}, got {int(rows.min())}..{int(rows.max())}")
         return rows
+
+
+def beyond(rows: Tensor, count: int) -> bool:
+    """Whether any of (n,) int64, at least one, is not in 0..count - 1: a negative one, unsigned, is larger than all."""
+    return bool(rows.numpy().view(np.uint64).max() >= count)
 
 
 def _check_fits(got: Tensor, field: FieldSpec, rows: Tensor) -> None:

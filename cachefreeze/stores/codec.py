@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod, sqrt
 
 import torch
@@ -81,6 +82,13 @@ class RowCodec:
         layout = self.layout or tuple(range(len(self.shape) + 1))
         return (self.batch_dim, *(d for d in layout if d != self.batch_dim))
 
+    @cached_property
+    def _inverse(self) -> list[int] | None:
+        """How rows are permuted to the tensor; None where nothing moves."""
+        order = self._order
+        inverse = [order.index(d) for d in range(len(order))]
+        return None if inverse == list(range(len(order))) else inverse
+
     @property
     def field(self) -> FieldSpec:
         """The field of the store that holds these rows."""
@@ -104,9 +112,9 @@ class RowCodec:
 
     def decode(self, rows: Tensor) -> Tensor:
         """Rows -> tensor, in the memory format in which the prefix makes it."""
-        order = self._order
-        inverse = [order.index(d) for d in range(len(order))]
-        return rows.to(self.dtype).permute(inverse)
+        if self.stored != self.dtype:
+            rows = rows.to(self.dtype)
+        return rows if self._inverse is None else rows.permute(self._inverse)
 
     def _check_overflow(self, rows: Tensor, narrowed: Tensor, samples: Tensor) -> None:
         lost = rows.isfinite() & ~narrowed.isfinite()

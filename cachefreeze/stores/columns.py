@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachefreeze.stores.base import FieldSpec
+from cachefreeze.stores.recycling import Recycler
 from cachefreeze.stores.source import Source
 
 
@@ -58,6 +59,7 @@ class Column:
         self.field = field
         self._source = source
         self._offset = offset
+        self._recycler = Recycler()
 
     def spans(self, rows: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) row indices -> where each row's bytes begin in the file, and how many they are."""
@@ -76,28 +78,62 @@ class Column:
         starts, sizes = self.spans(rows)
         return Packed(data.data, [0, *sizes.cumsum().tolist()], starts.tolist())
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, Sequence[NDArray[np.uint8]] | NDArray[np.uint8]]:
-        """Copy rows out of the file.
-
-        Returns:
-            The batch, and the bytes of each of its rows as the file has them.
-        """
-        field, shape = self.field, self.field.batch_shape(rows)
-        fresh = torch.zeros(shape, dtype=field.dtype) if field.lengths else torch.empty(shape, dtype=field.dtype)
-        row_bytes = field.item_bytes if field.lengths is None else shape[1] * field.item_bytes
-        bytes_ = fresh.view(-1).view(torch.uint8).view(len(rows), row_bytes)
-        if field.lengths is None:
-            self._source.take(self._offset, rows.numpy(), bytes_.numpy())
-            raw: Sequence[NDArray[np.uint8]] | NDArray[np.uint8] = bytes_.numpy()
-        else:
-            starts, sizes = (of.tolist() for of in self.spans(rows))
-            raw = [row[:size] for row, size in zip(bytes_.numpy(), sizes, strict=True)]
-            for row, start in zip(raw, starts, strict=True):
-                row[:] = self._source.at(start, len(row))
-        # A bool of any other byte than 0 and 1 is undefined behaviour in torch, and the file may hold one.
-        return (bytes_.ne(0).view(shape) if field.dtype == torch.bool else fresh), raw
+    def gathering(self, rows: Tensor) -> Gathering:
+        """A fresh batch of ``rows``, still to be copied out of the file."""
+        return Gathering(self, self._source, self._offset, rows, self._recycler)
 
     def each(self, rows: Tensor) -> Iterator[NDArray[np.uint8]]:
         """The bytes of each row, one after another and without a batch."""
         for start, size in zip(*(of.tolist() for of in self.spans(rows)), strict=True):
             yield self._source.at(start, size)
+
+
+@final
+class Gathering:
+    """A batch of one field on its way out of the file.
+
+    Args:
+        column: Whose rows.
+        source: The file.
+        offset: Of the dataset.
+        rows: (n,) row indices.
+        recycler: Where the batch lies.
+
+    Attributes:
+        raw: The bytes of each row as the file has them, once they are copied.
+    """
+
+    def __init__(self, column: Column, source: Source, offset: int, rows: Tensor, recycler: Recycler) -> None:
+        field, shape = column.field, column.field.batch_shape(rows)
+        self._source = source
+        self._offset = offset
+        self._index: NDArray[np.int64] = rows.numpy()
+        self._starts: list[int] = []
+        self._fresh = recycler.empty(shape, field.dtype)
+        row_bytes = field.item_bytes if field.lengths is None else shape[1] * field.item_bytes
+        bytes_ = self._fresh.view(-1).view(torch.uint8).numpy().reshape(len(rows), row_bytes)
+        self.raw: Sequence[NDArray[np.uint8]] | NDArray[np.uint8] = bytes_
+        if field.lengths is not None:
+            self._fresh.zero_()
+            self._starts, sizes = (of.tolist() for of in column.spans(rows))
+            self.raw = [row[:size] for row, size in zip(bytes_, sizes, strict=True)]
+
+    def take(self, start: int, stop: int) -> None:
+        """Copy rows start … stop - 1 of the batch."""
+        if isinstance(self.raw, np.ndarray):
+            self._source.take(self._offset, self._index[start:stop], self.raw[start:stop])
+        else:
+            for row, at in zip(self.raw[start:stop], self._starts[start:stop], strict=True):
+                row[:] = self._source.at(at, len(row))
+
+    def whole(self) -> Tensor:
+        """Copy all rows."""
+        self.take(0, len(self._index))
+        return self.batch()
+
+    def batch(self) -> Tensor:
+        """The rows, all of which have been taken."""
+        if self._fresh.dtype != torch.bool:
+            return self._fresh
+        # A bool of any other byte than 0 and 1 is undefined behaviour in torch, and the file may hold one.
+        return self._fresh.view(torch.uint8).ne(0)

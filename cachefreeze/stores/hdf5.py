@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cachefreeze.errors import CorruptRowError, StoreError, UsageError
 from cachefreeze.stores.base import BadRow, Store, StoreSpec
-from cachefreeze.stores.columns import Column, Packed
+from cachefreeze.stores.columns import Column, Gathering, Packed
 from cachefreeze.stores.creation import check_target, create_file
 from cachefreeze.stores.file import Header, checked_layout, open_regular, read_header
 from cachefreeze.stores.handles import Handles, take
@@ -40,6 +40,9 @@ from cachefreeze.stores.system import failing_as, pwrite_all, store_error, syste
 __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
 
 Verify = Literal["first", "always", "never"]
+
+# Of rows that are copied before they are digested: a part of a core's second-level cache.
+_CHECKED_BYTES = 256 << 10
 
 SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a power cut costs, and the stall at commit()
 
@@ -65,7 +68,7 @@ class HDF5Store(Store):
         self._table = CommitTable(handles.source, layout.commit_offset, layout.spec.rows)
         self._columns = [Column(field, handles.source, layout.offsets[field.name]) for field in layout.spec.fields]
         for rows, records in self._table.chunks():
-            self._present.numpy()[rows] = complete(records, rows)
+            self._mark(torch.from_numpy(rows[complete(records, rows)]), present=True)
         self._verified = np.zeros(layout.spec.rows, np.bool_)
         self._forgotten = np.zeros(layout.spec.rows, np.bool_)
         self._claimed = np.zeros(layout.spec.rows, np.bool_)
@@ -207,7 +210,7 @@ class HDF5Store(Store):
         self._check_write(rows, whole)
         if len(rows):
             self._put(rows, whole, changed=batch.keys())
-            self._present[rows] = True
+            self._mark(rows, present=True)
 
     def discard(self, rows: Tensor) -> None:
         """Make rows absent, for every process. For who has the file alone.
@@ -221,14 +224,14 @@ class HDF5Store(Store):
         with failing_as("write rows to", self._path):
             for row in rows.tolist():
                 pwrite_all(self._handles.fd, bytes(RECORD_BYTES), self._table.position(row))
-        self._present[rows] = False
+        self._mark(rows, present=False)
 
     def unverified(self, name: str, rows: Tensor) -> Tensor:
         """One field of some rows as the file has it, absent and damaged rows too: to look for rows, not to use them."""
         rows = self._checked(rows)
         column = next(column for column in self._columns if column.field.name == name)
         with failing_as("read", self._path):
-            return column.gather(rows)[0]
+            return column.gathering(rows).whole()
 
     def verify(self) -> list[BadRow]:
         """Compare every present row with its checksum, and name damaged commit records.
@@ -292,7 +295,7 @@ class HDF5Store(Store):
         index = index[~self._forgotten[index]]
         with failing_as("read", self._path):
             found = index[complete(self._table.of(index), index)]
-        self._present.numpy()[found] = True
+        self._mark(torch.from_numpy(found), present=True)
 
     def _claim(self, rows: Tensor) -> Tensor:
         lock = self._handles.lock
@@ -333,7 +336,7 @@ class HDF5Store(Store):
         packed = [column.pack(rows, batch[column.field.name]) for column in self._columns]
         records = records_of(index, [row_digest(row) for row in zip(*(part.rows() for part in packed), strict=True)])
         packed = [part for part, column in zip(packed, self._columns, strict=True) if column.field.name in changed]
-        self._present.numpy()[index] = False
+        self._mark(rows, present=False)
         self._forgotten[index] = True  # until it is whole again, whatever its record says meanwhile
         try:
             with failing_as("write rows to", self._path, self._layout.file_bytes):
@@ -378,26 +381,28 @@ class HDF5Store(Store):
         self._unsynced_bytes = 0
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
-        batch, raw = {}, []
+        index, made = rows.numpy(), [column.gathering(rows) for column in self._columns]
         with failing_as("read", self._path):
-            for column in self._columns:
-                batch[column.field.name], parts = column.gather(rows)
-                raw.append(parts)
-            if self._check_mode != "never":
-                self._check(rows.numpy(), raw)
-        return batch
+            if self._check_mode == "never" or (self._check_mode == "first" and self._verified[index].all()):
+                return {column.field.name: one.whole() for column, one in zip(self._columns, made, strict=True)}
+            self._take_checked(index, made)
+        return {column.field.name: one.batch() for column, one in zip(self._columns, made, strict=True)}
 
-    def _check(self, index: NDArray[Any], raw: Sequence[Sequence[NDArray[np.uint8]] | NDArray[np.uint8]]) -> None:
-        suspects = np.flatnonzero(~self._verified[index]) if self._check_mode == "first" else np.arange(len(index))
-        if not len(suspects):
-            return
-        expected = self._table.of(index[suspects])["xxh3_64"].tolist()
-        good = [
-            row_digest([data[at] for data in raw]) == digest
-            for at, digest in zip(suspects.tolist(), expected, strict=True)
-        ]
-        bad = np.unique(index[suspects[~np.array(good, dtype=np.bool_)]])
-        self._verified[index[suspects]] = True
+    def _take_checked(self, index: NDArray[np.int64], made: Sequence[Gathering]) -> None:
+        """Copy some rows, and digest the copies while they are still in the processor's cache."""
+        expected = self._table.of(index)["xxh3_64"].tolist()
+        raw = [one.raw for one in made]
+        suspect = np.full(len(index), True) if self._check_mode == "always" else ~self._verified[index]
+        wrong: list[int] = []
+        step = max(1, _CHECKED_BYTES * self.spec.rows // max(1, self.spec.nbytes))
+        for start in range(0, len(index), step):
+            stop = min(start + step, len(index))
+            for one in made:
+                one.take(start, stop)
+            judged = (start + np.flatnonzero(suspect[start:stop])).tolist()
+            wrong += [at for at in judged if row_digest([data[at] for data in raw]) != expected[at]]
+        bad = np.unique(index[np.array(wrong, np.int64)])
+        self._verified[index] = True
         self._verified[bad] = False
         if len(bad):
             raise CorruptRowError(

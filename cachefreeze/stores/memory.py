@@ -18,6 +18,7 @@ from torch import Tensor
 from cachefreeze.errors import StoreSpaceError, UsageError
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec, check_spec
 from cachefreeze.stores.ragged import Lengths
+from cachefreeze.stores.recycling import Recycler
 
 _MEMINFO = Path("/proc/meminfo")
 _PAGE_BYTES = 4096  # the smallest page of any platform that torch runs on, so no page is left out below
@@ -66,6 +67,7 @@ class _TensorStore(Store):
             raise _space_error(spec, device, free_bytes)
         super().__init__(spec, device)
         self._pin = pin
+        self._recycler = Recycler()
         try:
             self._data = {field.name: _allocate(field, spec.rows, device) for field in spec.fields}
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
@@ -91,8 +93,8 @@ class _TensorStore(Store):
             if field.lengths is not None:
                 kept = field.lengths.mask(rows, values.shape[1]).flatten().nonzero().flatten()
                 index = field.lengths.positions(rows, values.shape[1]).flatten()[kept]
-                values = values.flatten(0, 1).index_select(0, _sent(kept, values.device))
-            self._data[field.name].index_copy_(0, _sent(index, self.device), _sent(values, self.device))
+                values = values.flatten(0, 1).index_select(0, sent(kept, values.device))
+            self._data[field.name].index_copy_(0, sent(index, self.device), sent(values, self.device))
 
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
         indices: dict[Lengths | None, Tensor] = {}  # fields that share their lengths share their index
@@ -101,14 +103,17 @@ class _TensorStore(Store):
             shape = field.batch_shape(rows)
             if field.lengths not in indices:
                 index = rows if field.lengths is None else field.lengths.positions(rows, shape[1]).flatten()
-                indices[field.lengths] = _sent(index, self.device)
+                indices[field.lengths] = sent(index, self.device)
             batch[field.name] = self._gather(field.name, indices[field.lengths]).view(shape)
         return batch
 
     def _gather(self, name: str, index: Tensor) -> Tensor:
         data = self._data[name]
-        if not self._pin:
+        if data.device.type != "cpu":  # needs CUDA, or another accelerator
             return data.index_select(0, index)
+        if not self._pin:
+            fresh = self._recycler.empty((len(index), *data.shape[1:]), data.dtype)
+            return torch.index_select(data, 0, index, out=fresh)
         return self._gather_pinned(data, index)  # needs CUDA
 
     @staticmethod
@@ -126,7 +131,7 @@ def _allocate(field: FieldSpec, rows: int, device: torch.device) -> Tensor:
     return flat
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, without waiting for the device to have it."""
     if tensor.device == device:
         return tensor

@@ -20,6 +20,8 @@ from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.file import read_header
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore, free_device_bytes, free_host_bytes
+from cachefreeze.stores.mixed import MixedStore, part_of, spread
+from cachefreeze.stores.system import free_bytes as free_disk_bytes
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -27,6 +29,7 @@ _LOG = logging.getLogger("cachefreeze")
 # known before the first one.
 _DEVICE_SHARE = 0.25
 _HOST_SHARE = 0.5
+_DISK_SHARE = 0.9
 # How long to wait for a file that another process is creating: reserving its blocks takes a while on slow disks.
 _CREATION_SECONDS = 10.0
 
@@ -105,6 +108,8 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
             )
         return where
     tier, _, place = where.partition(":")
+    if tier == "auto" and (mixed := _spread_over_tiers(wanted, place)) is not None:
+        return mixed
     if tier == "auto":
         tier, place = _fastest(wanted, place)
     if tier == "device" and not place:
@@ -123,6 +128,8 @@ def for_another(where: str | Store) -> str:
     """The same kind of store, for a loader that a single store cannot also serve."""
     if isinstance(where, HDF5Store):
         return f"hdf5:{where.path.parent}"
+    if isinstance(where, MixedStore):
+        return "auto" if where.path is None else f"auto:{where.path.parent}"
     if isinstance(where, Store):
         return where.tier
     tier, _, place = where.partition(":")
@@ -146,6 +153,52 @@ def _fastest(wanted: Wanted, folder: str) -> tuple[str, str]:
         f"{wanted.spec.rows:,} rows need {needed_bytes:,} bytes; store='auto' takes "
         f"half of the {free_bytes:,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
     )
+
+
+def _spread_over_tiers(wanted: Wanted, folder: str) -> Store | None:
+    """A store over several tiers, where no single one is as good; None where one is, or all together have no room.
+
+    Rows beyond a device's room are best beside it. Rows beyond the room in memory are best all on disk, where the next
+    run finds them and the system keeps in memory what it can, unless the disk has no room for all of them.
+    """
+    room = {}
+    if wanted.device.type != "cpu":
+        room["device"] = int(_DEVICE_SHARE * (free_device_bytes(wanted.device) or 0))
+    free_bytes = free_host_bytes()
+    room["host"] = wanted.spec.nbytes if free_bytes is None else int(_HOST_SHARE * free_bytes)
+    if folder:
+        room["hdf5"] = int(_DISK_SHARE * free_disk_bytes(_folder(Path(folder).expanduser())))
+    alone = [tier for tier, free in room.items() if wanted.spec.nbytes <= free]
+    shares = spread(wanted.spec, list(room.values()))
+    if shares is None or (alone and ("device" in alone or not room.get("device"))):
+        return None
+    parts, start = [], 0
+    for tier, rows in zip(room, shares, strict=True):
+        if rows:
+            parts.append((tier, start, start + rows))
+            start += rows
+    if len(parts) == 1:
+        return None
+    made: list[Store] = []
+    try:
+        for tier, start, stop in parts:
+            part = replace(
+                wanted,
+                spec=part_of(wanted.spec, start, stop),
+                fingerprint={**wanted.fingerprint, "rows": f"{start}..{stop - 1}"},
+                beside=(),
+                of_rows=frozenset(),
+                revision=None,
+            )
+            made.append(open_store(f"{tier}:{folder}" if tier == "hdf5" else tier, part))
+        store = MixedStore(wanted.spec, made)
+    except BaseException:
+        for one in made:
+            one.close()
+        raise
+    shown = ", ".join(f"{stop - start:,} on {tier}" for tier, start, stop in parts)
+    _LOG.info("the rows of %r are spread over tiers: %s", wanted.name, shown)
+    return store
 
 
 def _open_file(place: Path, wanted: Wanted) -> Store:

@@ -102,11 +102,13 @@ def _flock(kind: int, start: int, length: int) -> bytes:
 def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``, however often the kernel takes only a part of it."""
     view = memoryview(data)
-    while view:
+    while True:
         try:
             written = system.pwrite(fd, view, offset)
         except InterruptedError:  # Python retries by itself unless a signal handler raised; an injected fault does not
             continue
+        if written == len(view):
+            return
         if written <= 0:
             raise OSError(errno.EIO, "the file system took no bytes")
         view = view[written:]
@@ -121,6 +123,14 @@ def pread_all(fd: int, size_bytes: int, offset: int) -> bytes:
         size_bytes -= len(part)
         offset += len(part)
     return b"".join(parts)
+
+
+def pread_into(fd: int, place: memoryview, offset: int) -> int:
+    """Read as many bytes as ``place`` has at ``offset``; return how many, fewer only where the file ends."""
+    done = 0
+    while done < len(place) and (got := os.preadv(fd, [place[done:] if done else place], offset + done)):
+        done += got
+    return done
 
 
 def free_bytes(folder: Path) -> int:

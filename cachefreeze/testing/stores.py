@@ -149,7 +149,7 @@ class StoreTests:
         assert store.count == 0
         assert store.writable
         assert store.nbytes == ROWS * 24
-        assert store.tier in ("device", "host", "hdf5")
+        assert store.tier in ("device", "host", "hdf5", "mixed")
         assert not store.present(torch.arange(ROWS)).any()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
