@@ -31,7 +31,7 @@ from cachefreeze.errors import (
     StoreSpaceError,
     UsageError,
 )
-from cachefreeze.stores import hdf5
+from cachefreeze.stores import handles, hdf5
 from cachefreeze.stores.base import FieldSpec, StoreSpec
 from cachefreeze.stores.creation import lock_path, sweep
 from cachefreeze.stores.file import open_regular, read_layout
@@ -1222,3 +1222,71 @@ def test_sparse_file():
     assert file.truncate() == file.size == (1 << 40) + 3
     assert file.truncate(7) == 7
     assert len(file.pages) == 1
+
+
+class TestAlone:
+    """Rows change in place only for who has the file alone."""
+
+    def test_not_beside_another_filler(self, path):
+        store = create(path)
+        with pytest.raises(StoreError, match="cannot be had alone: another process has it open to fill it"):
+            HDF5Store.open(path, alone=True)
+        store.close()
+        HDF5Store.open(path, alone=True).close()
+
+    def test_others_wait(self, path, monkeypatch):
+        """For a while as fillers; then they read."""
+        create(path).close()
+        alone = HDF5Store.open(path, alone=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(handles, "_OTHERS_SECONDS", 0.03)
+            reader = HDF5Store.open(path)
+            assert not reader.writable
+            reader.close()
+        monkeypatch.setattr(handles.time, "sleep", lambda seconds: alone.close())
+        waited = HDF5Store.open(path)
+        assert waited.writable
+        waited.close()
+
+    def test_one_field_is_replaced(self, path):
+        """The others keep their bytes; a damaged or absent row is not made a good one."""
+        store = create(path)
+        rows = rows_of(2, 3, 7)
+        whole = values(store.spec, rows)
+        store.write(rows, whole)
+        name = store.spec.fields[-1].name
+        other = values(store.spec, rows, seed=1)[name]
+        store.replace(rows, {name: other})
+        store.replace(rows_of(), {name: other[:0]})
+        found = store.read(rows)
+        assert torch.equal(found[name], other)
+        assert all(torch.equal(found[field.name], whole[field.name]) for field in store.spec.fields[:-1])
+        assert not store.verify()
+        with pytest.raises(StoreError, match="row 4 is absent"):
+            store.replace(rows_of(4), {name: other[:1]})
+        with pytest.raises(StoreError, match="got fields"):
+            store.replace(rows, {"elsewhere": other})
+        first = store._columns[0].spans(rows)[0][0]
+        with path.open("r+b") as file:
+            file.seek(first)
+            byte = file.read(1)
+            file.seek(first)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(CorruptRowError):
+            store.replace(rows, {name: other})
+        assert store.present(rows).tolist() == [False, True, True]
+
+    def test_rows_are_discarded(self, path):
+        """For every process, and for good."""
+        store = create(path)
+        store.write(rows_of(2, 3), values(store.spec, rows_of(2, 3)))
+        store.discard(rows_of(2))
+        assert store.present(rows_of(2, 3)).tolist() == [False, True]
+        store.close()
+        store = HDF5Store.open(path, writable=False)
+        assert store.present(rows_of(2, 3)).tolist() == [False, True]
+        with pytest.raises(StoreError, match="read-only"):
+            store.discard(rows_of(3))
+        with pytest.raises(StoreError, match="read-only"):
+            store.replace(rows_of(3), {})
+        store.close()

@@ -134,7 +134,7 @@ class HDF5Store(Store):
         Args:
             path: The file; a link is refused.
             writable: Fill it too, if it and its folder may be written; see ``store.writable``.
-            alone: As its only filler, until :meth:`share`; others wait for that when they open it.
+            alone: As its only filler, until it is closed; others wait for that when they open it.
             verify: When to compare a row with its checksum: on its ``first`` read in this process, ``always``, or
                 ``never``.
             io: Read through a memory map, or by ``pread``: slower, and the way for files on a network file system and
@@ -188,13 +188,6 @@ class HDF5Store(Store):
         self._require_open()
         if self._handles.fd is not None:
             self._sync(self._handles.fd)
-
-    def share(self) -> None:
-        """Let others fill the file too, where it was opened ``alone``."""
-        self._require_open()
-        if self._handles.lock is not None:
-            with failing_as("lock", self._path):
-                self._handles.lock.share()
 
     def replace(self, rows: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Write some fields of rows that are present; the others keep their bytes, which are compared first.
