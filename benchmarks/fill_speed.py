@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
-from cachefreeze.loader import CachedLoader
 
 SCHEMA = 1
 # name of a variant -> store, prefix; a plain epoch has neither
@@ -94,40 +93,46 @@ def timed_epoch(forward: Any, optimizer: torch.optim.Optimizer, loader: Any, dev
     return {"seconds": time.perf_counter() - began, "loss": float(total)}
 
 
-def fill_epoch(
-    model: nn.Module, config: Config, loader: DataLoader[Any], variant: str, folder: str, device: torch.device
-) -> dict[str, Any]:
-    """The first epoch through an engine, choosing and committing included; what comes before it is setup."""
-    tier, prefix = FILLS[variant]
-    began = time.perf_counter()
-    cf.freeze(model, config.head)
-    engine = cf.Engine(model, f"hdf5:{folder}" if tier == "hdf5" else tier, prefix=prefix)
-    batches = engine.loader(loader)
-    assert isinstance(batches, CachedLoader)
-    setup = time.perf_counter() - began
-    spent = {"write": 0.0, "choose": 0.0}
-    store = batches.rows.store
-    _clock(store, "write", spent, "write")
-    _clock(store, "commit", spent, "write")
-    if prefix != "exact":
-        _clock(batches.rows.prefix, "_choose", spent, "choose")
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in engine.epochs(1):
-        found = timed_epoch(engine, optimizer, batches, device)
-    seconds = time.perf_counter() - began
-    made_by = engine.cache.made_by if engine.cache is not None else {}
-    engine.close()
-    return {
-        **found,
-        "seconds": seconds,
-        "setup_seconds": setup,
-        "write_seconds": spent["write"],
-        "choose_seconds": spent["choose"],
-        "prefix": made_by,
-    }
+@dataclass
+class Filler:
+    """A frozen model, split once; every fill of it has a new store, and makes its choice anew."""
+
+    parts: cf.Parts
+    setup_seconds: float
+
+    @classmethod
+    def of(cls, model: nn.Module, head: str, example: torch.Tensor) -> Filler:
+        began = time.perf_counter()
+        cf.freeze(model, head)
+        return cls(cf.split(model, example), time.perf_counter() - began)
+
+    def epoch(self, loader: DataLoader[Any], variant: str, folder: str, device: torch.device) -> dict[str, Any]:
+        """The first epoch, with choosing and committing."""
+        tier, prefix = FILLS[variant]
+        manager = cf.CacheManager(self.parts, f"hdf5:{folder}" if tier == "hdf5" else tier, prefix=prefix)
+        batches = manager.loader(loader)
+        spent = {"write": 0.0, "choose": 0.0}
+        store = batches.rows.store
+        _clock(store, "write", spent, "write")
+        _clock(store, "commit", spent, "write")
+        if prefix != "exact":
+            _clock(batches.rows.prefix, "_choose", spent, "choose")
+        self.parts.model.train()
+        optimizer = torch.optim.AdamW([p for p in self.parts.model.parameters() if p.requires_grad], lr=1e-3)
+        began = time.perf_counter()
+        found = timed_epoch(lambda rows: self.parts.suffix(*rows.tensors), optimizer, batches, device)
+        manager.commit()
+        seconds = time.perf_counter() - began
+        made_by = manager.made_by
+        manager.close()
+        return {
+            **found,
+            "seconds": seconds,
+            "setup_seconds": self.setup_seconds,
+            "write_seconds": spent["write"],
+            "choose_seconds": spent["choose"],
+            "prefix": made_by,
+        }
 
 
 def _clock(owner: Any, name: str, spent: dict[str, float], what: str) -> None:
@@ -152,16 +157,17 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     base = build_model(config.model, weights=config.weights, classes=len(data.classes)).to(device)
     tables = {}
+    plain = copy.deepcopy(base)
+    filler = Filler.of(copy.deepcopy(base), config.head, torch.stack([chosen[i][0] for i in range(3)]).to(device))
     for table, samples in (("with decoding", chosen), ("decoded before", Decoded(chosen))):
+        _run("plain", plain, filler, config, samples, device)  # warm-up: the heap grows, pages are read
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("plain", *FILLS)}
-        for round_ in range(config.rounds + 1):
-            say(f"{table}: round {round_}/{config.rounds}")
+        for round_ in range(config.rounds):
+            say(f"{table}: round {round_ + 1}/{config.rounds}")
             names = list(runs)
             turn = round_ % len(names)
             for name in [*names[turn:], *names[:turn]]:
-                found = _run(name, copy.deepcopy(base), config, samples, device)
-                if round_:  # the first is the warm-up
-                    runs[name].append(found)
+                runs[name].append(_run(name, plain, filler, config, samples, device))
         tables[table] = {name: _row(name, runs) for name in runs}
     return {
         "schema": SCHEMA,
@@ -179,14 +185,15 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _run(name: str, model: nn.Module, config: Config, samples: Any, device: torch.device) -> dict[str, Any]:
+def _run(
+    name: str, plain: nn.Module, filler: Filler, config: Config, samples: Any, device: torch.device
+) -> dict[str, Any]:
     order = torch.Generator().manual_seed(config.seed)
     loader = DataLoader(samples, config.batch_size, shuffle=True, generator=order)
-    torch.manual_seed(config.seed)
     if name == "plain":
-        return plain_epoch(model, model.get_submodule(config.head), loader, device)
+        return plain_epoch(plain, plain.get_submodule(config.head), loader, device)
     with tempfile.TemporaryDirectory(prefix="cachefreeze-fill-") as folder:
-        return fill_epoch(model, config, loader, name, folder, device)
+        return filler.epoch(loader, name, folder, device)
 
 
 def _row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -197,7 +204,6 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "seconds": [run["seconds"] for run in found],
         "median_seconds": statistics.median(run["seconds"] for run in found),
         "to_plain": statistics.median(run["seconds"] / other["seconds"] for run, other in pairs),
-        "losses": sorted({run["loss"] for run in found}),
     }
     if name == "plain":
         return row

@@ -29,6 +29,8 @@ _MEASURED_SHARE = 1 / 64
 _MEASURED_SAMPLES = (8, 16)
 # Measuring costs what 30 to 40 exact rows do, and may save half of the rest: fewer rows than this cannot pay for it.
 _FEWEST_ROWS = 128
+# Copying and recording a vision model takes some tenths of a second besides, whatever a row costs.
+_SHORTEST_SECONDS = 2.0
 # Samples at a time that are tried on a CPU. Activations of a whole batch are mapped and unmapped at every layer, which
 # was 57 % of the time at 64 samples; on a GPU the whole batch is best.
 _SIZES = (4, 8, 16)
@@ -199,6 +201,10 @@ class _Trial:
 
     def _best(self) -> _Candidate:
         """The fastest candidate within the tolerance."""
+        predicted = self._prefix.rows_ahead * self._exact.seconds
+        if predicted < _SHORTEST_SECONDS:
+            self._declined.append(f"the exact fill is predicted to take {predicted:.1f} s")
+            return self._exact
         found: list[_Candidate] = []
         for dtype in dict.fromkeys([self._wanted.dtype, None]):
             found += self._forms(dtype) if not found else []

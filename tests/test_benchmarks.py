@@ -138,6 +138,15 @@ def test_replay_overhead(tmp_path):
     assert all(row[f"{kind}_ms"] > 0 for row in found["cases"] for kind in ("direct", "fx", "replay"))
 
 
+def test_fill_speed(tmp_path):
+    out = tmp_path / "fill.json"
+    found = json.loads(run("fill_speed.py", "--smoke", "--out", str(out))[-1])
+    assert found == json.loads(out.read_text())
+    for rows in found["tables"].values():
+        assert rows["plain"]["to_plain"] == 1
+        assert 0 < rows["optimized hdf5"]["write_share"] < 1
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run_script("gpu.py", CUDA_VISIBLE_DEVICES="")

@@ -95,6 +95,7 @@ def error_of(parts, form=None):
 @pytest.fixture(autouse=True)
 def few_rows_suffice(monkeypatch):
     monkeypatch.setattr(optimized, "_FEWEST_ROWS", 0)
+    monkeypatch.setattr(optimized, "_SHORTEST_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -321,6 +322,16 @@ def test_a_few_rows_are_exact_without_a_measurement(monkeypatch):
     assert torch.equal(found, parts.prefix(images()))
     declined = ["only 40 rows were to be computed"]
     assert manager.made_by == {"choice": "exact", "tolerance": 1e-3, "declined": declined}
+
+
+def test_a_short_fill_is_exact(monkeypatch):
+    monkeypatch.setattr(optimized, "_SHORTEST_SECONDS", 1e9)
+    parts = parts_of(made())
+    manager = cf.CacheManager(parts, "host", prefix="optimized")
+    found = torch.cat([rows.tensors[0] for rows, _ in manager.loader(DataLoader(dataset(), BATCH))])
+    assert torch.equal(found, parts.prefix(images()))
+    assert manager.made_by["choice"] == "exact"
+    assert manager.made_by["declined"][0].startswith("the exact fill is predicted to take ")
 
 
 def test_a_batch_of_one_can_be_the_first(never_exact):
