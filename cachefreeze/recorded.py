@@ -164,6 +164,8 @@ def make_capturable(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} has no capturable=True: what it computes in Python would stay as it is "
             "recorded; use SGD, Adam, AdamW or another optimizer that has it"
         )
+    # torch would warn, once, that a capturable optimizer steps outside a graph: that is how a recording is checked
+    optimizer._warned_capturable_if_run_uncaptured = True
     for group in optimizer.param_groups:
         group["capturable"] = True
         for parameter in group["params"]:

@@ -156,7 +156,7 @@ def test_gpu_without_cuda():
 
 @pytest.mark.slow
 def test_gpu_dry_run(tmp_path):
-    """Every part of the GPU table runs on a CPU as well, on small sizes: what only a GPU can find out is the numbers."""
+    """Every part of the GPU table runs on a CPU as well, on small sizes; only a GPU gives the numbers."""
     found = json.loads(run("gpu.py", tmp_path, "--smoke", "--device", "cpu", "--tests", "tests/test_gpu.py")[-1])
     assert (found["tests"]["exit_status"], found["tests"]["failed"]) == (0, [])
     assert len(found["targets"]) == 6

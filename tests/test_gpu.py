@@ -376,3 +376,164 @@ def test_out_of_memory_in_the_prefix_halves_the_batch(caplog):
     with torch.no_grad():
         exact = torch.cat([wide(images[i : i + 8]).mean((2, 3)) for i in range(0, 64, 8)])
     assert (rows - exact).abs().max() <= ROW_TOLERANCE * exact.abs().max()
+
+
+# --- whole steps ---
+
+
+def optimizer_of(kind, parameters):
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_recorded_step_trains_as_the_eager_one(kind, tier):
+    """Whole and last batches, a learning rate that moves at every step: the same losses and weights, from a graph."""
+    losses, models, ways = [], [], []
+    for compiled in (False, True):
+        engine = cf.Engine(frozen(), tier)
+        batches = engine.loader(DataLoader(samples(), 12, shuffle=True, generator=torch.Generator().manual_seed(2)))
+        trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+        optimizer = optimizer_of(kind, trained)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+        step = engine.compile_step(functional.cross_entropy, optimizer)
+        for _ in engine.epochs(4):
+            engine.model.train()
+            for x, y in batches:
+                if compiled:
+                    losses.append(step(x, y))
+                    ways.append((step.how, step.reason))
+                else:
+                    optimizer.zero_grad()
+                    losses.append(functional.cross_entropy(engine(x), y))
+                    losses[-1].backward()
+                    optimizer.step()
+                schedule.step()
+        models.append(engine.model)
+    wanted, got = torch.stack(losses).detach().chunk(2)
+    assert ways[-1] == ways[-2] == ("graph", None), ways
+    assert torch.allclose(got, wanted, rtol=1e-3, atol=0)
+    # the convolution's bias before a batch norm has a gradient of rounding alone, which AdamW makes whole steps of
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert name == "body.0.bias" or torch.allclose(a, b, rtol=1e-2, atol=1e-4), name
+
+
+def test_a_recorded_step_draws_as_the_eager_one():
+    """Dropout in the suffix draws other numbers at every replay, those of the eager step."""
+    outcomes = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 5)).cuda()
+        cf.freeze(model, train_from="1")
+        engine = cf.Engine(model, "device")
+        data = TensorDataset(torch.randn(8, 64), torch.randint(5, (8,)))
+        x, y = next(iter(engine.loader(DataLoader(data, 8))))
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+        step = engine.compile_step(functional.cross_entropy, optimizer)
+        model.train()
+        torch.cuda.manual_seed_all(3)
+        for _ in range(6):
+            if compiled:
+                loss = step(x, y)
+            else:
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(engine(x), y)
+                loss.backward()
+                optimizer.step()
+            outcomes.append(loss.detach())
+    assert (step.how, step.reason) == ("graph", None)
+    wanted, got = torch.stack(outcomes).chunk(2)
+    assert torch.allclose(got, wanted, rtol=LOSS_TOLERANCE, atol=0)
+
+
+def test_a_recorded_step_never_waits():
+    """Once recorded, no step makes the host wait for the device, also when the learning rate has changed."""
+    engine = cf.Engine(frozen(), "device")
+    batches = engine.loader(loader())
+    engine.model.train()
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    step = engine.compile_step(functional.cross_entropy, optimizer)
+    for _ in range(2):
+        for x, y in batches:
+            step(x, y)
+    assert (step.how, step.reason) == ("graph", None)
+    remaining = iter(batches)
+    step(*next(remaining))
+    with no_synchronisation():
+        for x, y in remaining:
+            optimizer.param_groups[0]["lr"] *= 0.9
+            step(x, y)
+
+
+def test_a_step_that_reads_the_device_runs_eagerly():
+    """A loss that reads a value cannot be recorded: the training is the eager one, and the reason says so."""
+
+    def loss_fn(output, target):
+        loss = functional.cross_entropy(output, target)
+        return loss * 2 if float(loss.detach()) > 1e9 else loss
+
+    engine = cf.Engine(frozen(), "device")
+    batches = engine.loader(loader())
+    engine.model.train()
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    step = engine.compile_step(loss_fn, torch.optim.SGD(trained, lr=0.01))
+    for _ in range(2):
+        for x, y in batches:
+            assert step(x, y).isfinite()
+    assert step.how == "eager"
+    assert step.reason
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_heads_train_as_each_alone(compiled):
+    """Three learning rates from one pass, compiled or not: each head's losses are those of its solo run."""
+    rates = (0.1, 0.03, 0.01)
+    alone = []
+    for rate in rates:
+        engine = cf.Engine(frozen(), "device")
+        batches = engine.loader(loader())
+        trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=rate)
+        engine.model.train()
+        losses = []
+        for _ in engine.epochs(2):
+            for x, y in batches:
+                optimizer.zero_grad()
+                losses.append(functional.cross_entropy(engine(x), y))
+                losses[-1].backward()
+                optimizer.step()
+        alone.append(torch.stack(losses).detach())
+    engine = cf.Engine(frozen(), "device")
+    batches = engine.loader(loader())
+    heads = engine.heads(len(rates))
+    optimizer = torch.optim.SGD([{"params": heads.parameters(i), "lr": rate} for i, rate in enumerate(rates)])
+    step = heads.compile_step(functional.cross_entropy, optimizer)
+    engine.model.train()
+    together = []
+    for _ in engine.epochs(2):
+        for x, y in batches:
+            if compiled:
+                together.append(step(x, y))
+            else:
+                optimizer.zero_grad()
+                together.append(heads.losses(functional.cross_entropy, x, y))
+                together[-1].sum().backward()
+                optimizer.step()
+    assert heads.how == "stacked", heads.reason
+    assert not compiled or (step.how, step.reason) == ("graph", None)
+    assert torch.allclose(torch.stack(together).detach().T, torch.stack(alone), rtol=1e-3, atol=0)
+
+
+def test_engines_share_a_device_store():
+    """The second engine finds the rows that the first one put on the device."""
+    first = cf.Engine(frozen(), "device")
+    for _ in first.loader(loader()):
+        pass
+    second = cf.Engine(frozen(), first.cache)
+    batches = second.loader(loader())
+    for _ in batches:
+        pass
+    assert (batches.source, batches.counts.cached) == ("cached", COUNT)
