@@ -133,11 +133,11 @@ def measure(sizes: Sequence[int], place: Path | None) -> dict[str, Any]:
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """One line a phase."""
     return "\n".join(
-        f"{run['store_bytes'] / 1e9:6.2f} GB {phase:9} peak {run[phase]['peak_resident_bytes'] / 1e6:8.0f} MB resident, "
-        f"{run[phase]['peak_anonymous_bytes'] / 1e6:7.0f} MB of it anonymous; "
-        f"{', '.join(f'{s:.1f} s {source}' for s, source in zip(run[phase]['seconds'], run[phase]['sources']))}"
+        f"{run['store_bytes'] / 1e9:6.2f} GB {phase:9} peak {of['peak_resident_bytes'] / 1e6:7.0f} MB resident, "
+        f"{of['peak_anonymous_bytes'] / 1e6:6.0f} MB of it anonymous; "
+        + ", ".join(f"{took:.1f} s {source}" for took, source in zip(of["seconds"], of["sources"], strict=True))
         for run in runs
-        for phase in ("filled", "reopened")
+        for phase, of in (("filled", run["filled"]), ("reopened", run["reopened"]))
     )
 
 

@@ -9,6 +9,7 @@ from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.inference import Optimized
 from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
+from cachefreeze.sampling import BlockShuffleSampler
 from cachefreeze.schedules import (
     AllButLast,
     FreezeAtZeroLR,
@@ -26,6 +27,7 @@ from cachefreeze.training import Trainer
 __all__ = [
     "AllButLast",
     "Block",
+    "BlockShuffleSampler",
     "Boundary",
     "BoundaryTensor",
     "CacheFreezeError",

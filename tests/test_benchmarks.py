@@ -209,3 +209,31 @@ def test_store_speed(tmp_path):
         assert all(way["median_us"] > 0 for way in size["reading"].values())
         assert all(order["speed_to_bare"] > 0 for order in size["filling"].values())
     assert not list(rows.iterdir()), "its files are gone"
+
+
+@pytest.mark.slow
+def test_ceiling(tmp_path):
+    """A head cut is timed against its ceiling on both tiers, and a second run adds to the first one's cases."""
+    out = tmp_path / "ceiling.json"
+    lines = run("ceiling.py", tmp_path, "--smoke", "--out", str(out))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    (case,) = found["cases"]
+    assert case["cut"] == "classifier"
+    for tier in ("host", "hdf5"):
+        assert case[tier]["least"] <= case[tier]["to_ceiling"] <= case[tier]["most"]
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    """Each size is filled and reopened, and what the kernel reported is kept; its files are gone."""
+    out, rows = tmp_path / "memory.json", tmp_path / "rows"
+    rows.mkdir()
+    lines = run("memory.py", tmp_path, "--smoke", "--dir", str(rows), "--out", str(out))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    for size in found["runs"]:
+        assert size["filled"]["sources"] == ["fill", "cached"]
+        assert size["reopened"]["sources"] == ["cached"]
+        assert size["filled"]["peak_resident_bytes"] > size["filled"]["peak_anonymous_bytes"] > 0
+    assert not list(rows.iterdir())

@@ -13,7 +13,8 @@ from cachefreeze.cli import parser
 
 def test_public_names():
     assert sorted(cf.__all__) == [
-        "AllButLast", "Block", "Boundary", "BoundaryTensor", "CacheFreezeError", "CacheManager", "DeviceStore",
+        "AllButLast", "Block", "BlockShuffleSampler", "Boundary", "BoundaryTensor", "CacheFreezeError",
+        "CacheManager", "DeviceStore",
         "Engine", "FieldSpec", "FreezeAtZeroLR", "FreezeOut", "GradientChange", "GradualUnfreezing", "HDF5Store",
         "HostStore", "Optimized", "Parts", "Plasticity", "Rows", "Stage", "Stages", "Store", "StoreSpec", "Trainer",
         "blocks", "freeze", "split", "unfreeze",
