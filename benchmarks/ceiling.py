@@ -230,6 +230,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for number, name in enumerate(MODELS):
         ours = [one for one in found["cases"] if one["model"] == name]
+        if not ours:
+            continue
         x = [one["ceiling_ms_a_batch"] for one in ours]
         for tier, marker, line in (("host", "o", "-"), ("hdf5", "x", ":")):
             y = [one[tier]["to_ceiling"] for one in ours]
