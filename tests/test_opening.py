@@ -41,12 +41,14 @@ def test_a_store_that_is_there(tmp_path):
 
 
 def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
-    """The device while its share has room, then RAM, then the folder; without one it says what is missing."""
+    """The device while its share has room, with RAM for what has none there, then RAM, then the folder, then none."""
     nbytes = WANTED.spec.nbytes
     cuda = replace(WANTED, device=torch.device("meta"))
     monkeypatch.setattr(opening, "free_device_bytes", lambda device: 4 * nbytes)
     assert open_store("auto", cuda).tier == "device"
     monkeypatch.setattr(opening, "free_device_bytes", lambda device: 4 * nbytes - 1)
+    assert [part.tier for part in open_store("auto", cuda).tiers] == ["device", "host"]
+    monkeypatch.setattr(opening, "free_device_bytes", lambda device: 0)
     assert open_store("auto", cuda).tier == "host"
     monkeypatch.setattr(opening, "free_host_bytes", lambda: 2 * nbytes)
     assert open_store("auto", WANTED).tier == "host"
