@@ -9,6 +9,7 @@ from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.inference import Optimized
 from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
+from cachefreeze.planning import BoundaryPlan, Plan, plan
 from cachefreeze.schedules import (
     AllButLast,
     FreezeAtZeroLR,
@@ -27,6 +28,7 @@ __all__ = [
     "AllButLast",
     "Block",
     "Boundary",
+    "BoundaryPlan",
     "BoundaryTensor",
     "CacheFreezeError",
     "CacheManager",
@@ -41,6 +43,7 @@ __all__ = [
     "HostStore",
     "Optimized",
     "Parts",
+    "Plan",
     "Plasticity",
     "Rows",
     "Stage",
@@ -50,6 +53,7 @@ __all__ = [
     "Trainer",
     "blocks",
     "freeze",
+    "plan",
     "split",
     "unfreeze",
 ]
