@@ -217,7 +217,7 @@ class Engine:
             self.boundary = boundary_of(self.model, usage)
             if self.boundary is None:
                 return PassingLoader(dataloader, model_device(self.model), "live")
-            # views and variants are given to be cached; samples of different lengths are in no batch that stands for all
+            # views and variants are there to be cached; with samples of different lengths no batch stands for all
             if self._is_auto and view is None and variants is None and seen.ragged is None and seen.listed is None:
                 self._judged = self._judge(usage, self.boundary, dataloader, seen)
                 if not self._judged.pays:

@@ -64,7 +64,8 @@ def test_every_cache_gives_the_same_figures(capfd, tmp_path):
     assert all(losses(report) == losses(reports[0]) for report in reports)
     for state in states:
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
-    assert [report["store"] for report in reports] == ["off", "host", "hdf5", "host"]
+    assert [report["store"] for report in reports[:3]] == ["off", "host", "hdf5"]
+    assert reports[3]["store"] in ("host", "off"), "in three epochs of a tiny model it is measured which is faster"
     assert [e["source"] for e in reports[0]["epochs"]] == ["frozen"] * 3
 
 
