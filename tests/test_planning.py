@@ -121,7 +121,7 @@ def test_a_step_from_each_block_on_is_its_forward_and_backward():
     for at in range(3):
         expected = sum(FORWARD[at:]) + sum(BACKWARD[at:])
         assert expected <= found.steps[at] + 1e-3
-        assert found.steps[at] < expected + 0.05, "sleeps last longer on a busy machine"
+        assert found.steps[at] < 3 * expected + 0.1, "sleeps last longer on a busy machine"
     assert found.steps[3] < found.steps[2] - sum(BACKWARD[2:]), "nothing of the blocks before it"
     assert 4 * found.forward[1] == pytest.approx(FORWARD[1], rel=0.5)
 

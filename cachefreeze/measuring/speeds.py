@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,11 +96,14 @@ class _Stored:
         self._store, self._device = store, device
         self._mode = NumericMode(None)
 
+    settled = True  # after a fill the loader asks no more which rows are absent
+
     def check(self) -> None:
         """Nothing changes here."""
 
-    def absent(self, rows: Sequence[int]) -> list[int]:
-        return [row for row, there in zip(rows, self._store.present(index_of(rows)).tolist(), strict=True) if not there]
+    def in_turn(self, batches: Iterator[Sequence[int]], epoch: int) -> Iterator[Sequence[int]]:
+        """Rows stand for samples of the same index."""
+        return batches
 
     def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
         values = move(self._store.read(index_of(rows)), self._device)
