@@ -9,6 +9,7 @@ from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.inference import Optimized
 from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
+from cachefreeze.planning import BoundaryPlan, Plan, plan
 from cachefreeze.sampling import BlockShuffleSampler
 from cachefreeze.schedules import (
     AllButLast,
@@ -29,6 +30,7 @@ __all__ = [
     "Block",
     "BlockShuffleSampler",
     "Boundary",
+    "BoundaryPlan",
     "BoundaryTensor",
     "CacheFreezeError",
     "CacheManager",
@@ -43,6 +45,7 @@ __all__ = [
     "HostStore",
     "Optimized",
     "Parts",
+    "Plan",
     "Plasticity",
     "Rows",
     "Stage",
@@ -52,6 +55,7 @@ __all__ = [
     "Trainer",
     "blocks",
     "freeze",
+    "plan",
     "split",
     "unfreeze",
 ]

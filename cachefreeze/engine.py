@@ -23,18 +23,19 @@ from cachefreeze.errors import CheckpointError, SplitError, StaleCacheError, Usa
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
+from cachefreeze.judging import Judgement, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
-from cachefreeze.measuring import measure
-from cachefreeze.moves import Costs, Move, best_path, staying
+from cachefreeze.measuring import measure, measured_tier
+from cachefreeze.moves import Costs, Move, worthwhile
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule
-from cachefreeze.splitting import Parts, split, split_padded
+from cachefreeze.splitting import Parts, blocks, split, split_padded
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
-from cachefreeze.tracing import record_usage, trace_usage
+from cachefreeze.tracing import Usage, record_usage, trace_usage
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -76,6 +77,8 @@ class Engine:
         prefix: ``exact``: rows are bit for bit what the model computes. ``optimized``, ``optimized:bfloat16``,
             ``optimized:float16`` or an :class:`~cachefreeze.Optimized`: a rewritten copy of the prefix makes them where
             that is faster and within a tolerance, on real samples; ``cache.info()`` says what was chosen.
+        epochs: Of the whole run, where they are known by now. ``auto`` does not cache what would not pay in them; else
+            that is decided when :meth:`epochs` begins, after the model has been split.
 
     Attributes:
         model: The user's own model.
@@ -84,7 +87,8 @@ class Engine:
         cache: The CacheManager; None likewise.
         boundary: Name of the first trainable block, at the beginning of this epoch; None before the first loader, and
             while nothing is frozen.
-        decisions: Under a schedule, where the boundary of the cache went and what was predicted.
+        decisions: Under a schedule, and where ``auto`` decides, where the boundary of the cache went and what was
+            predicted.
         epoch: The epoch that runs, or comes next.
     """
 
@@ -98,6 +102,7 @@ class Engine:
         autocast: torch.dtype | None = None,
         dtype: str | torch.dtype | None = None,
         prefix: str | Optimized = "exact",
+        epochs: int | None = None,
     ) -> None:
         if schedule is not None and not isinstance(schedule, Schedule):
             raise UsageError(f"schedule={schedule!r}: expected a schedule such as cf.FreezeOut(), or None")
@@ -131,6 +136,9 @@ class Engine:
         self._below: CacheManager | None = None
         self._left: int | None = None
         self._path: list[tuple[int, int]] = []
+        self._planned = epochs
+        self._judged: Judgement | None = None
+        self._cached: list[CachedLoader] = []
 
     def loader(
         self,
@@ -201,11 +209,19 @@ class Engine:
             made = StagedLoader(dataloader)
             self._followed.append(_Followed(made, seen, name, version))
             return made
+        if self._judged is not None and not self._judged.pays and view is None and variants is None:
+            return PassingLoader(dataloader, model_device(self.model), "frozen")
         if self.cache is None:
             example = seen.example().to(model_device(self.model))
-            self.boundary = boundary_of(self.model, record_usage(self.model, example))
+            usage = record_usage(self.model, example)
+            self.boundary = boundary_of(self.model, usage)
             if self.boundary is None:
                 return PassingLoader(dataloader, model_device(self.model), "live")
+            # views and variants are there to be cached; with samples of different lengths no batch stands for all
+            if self._is_auto and view is None and variants is None and seen.ragged is None and seen.listed is None:
+                self._judged = self._judge(usage, self.boundary, dataloader, seen)
+                if not self._judged.pays:
+                    return PassingLoader(dataloader, model_device(self.model), "frozen")
             with autocast(model_device(self.model), self._autocast):
                 if seen.ragged is None:
                     self.parts = split(self.model, example)
@@ -213,7 +229,8 @@ class Engine:
                     batches = seen.padded_batches(model_device(self.model))
                     self.parts = split_padded(self.model, batches, seen.layout.input_names)
             self.cache = self._manager(self.parts, None)
-        return self.cache.loader_for(dataloader, seen, name, version, self._now)
+        self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
+        return self._cached[-1]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Let the schedule drive an optimizer, which is never rebuilt: its groups are split by block, in place.
@@ -263,6 +280,8 @@ class Engine:
             raise UsageError(f"epochs({total}): expected 0 or more")
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise UsageError(f"steps_per_epoch={steps_per_epoch}: expected 1 or more")
+        if self._staging is None and self.epoch < total:
+            self._judge_again(total - self.epoch)
         while self.epoch < total:
             if self._staging is not None:
                 self._stage(self._staging, total, steps_per_epoch)
@@ -382,6 +401,8 @@ class Engine:
 
     def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows stand for all that the model was given when it was split: nothing else would reach the suffix."""
+        if len(args) == 1 and not kwargs:  # reading a signature takes longer than many a head
+            return
         signature = inspect.signature(self.model.forward)
         open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         unknown = [name for name in kwargs if name not in signature.parameters]
@@ -401,6 +422,45 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.parts!r})" if self.parts is not None else f"Engine({type(self.model).__name__})"
+
+    @property
+    def _is_auto(self) -> bool:
+        return isinstance(self._store, str) and self._store.partition(":")[0] == "auto"
+
+    def _judge(self, usage: Usage, boundary: str, dataloader: DataLoader[Any], view: View) -> Judgement:
+        """Whether to cache, before the model is split for it."""
+        left = None if self._planned is None else self._planned - self.epoch
+        costs = None
+        if left is None or left > 1:
+            costs = measure_boundary(
+                self.model, usage, boundary, [(dataloader, view)], str(self._store), self._autocast, left
+            )
+        judgement = judge(costs, boundary, self.epoch, left)
+        self._note(judgement)
+        return judgement
+
+    def _judge_again(self, left: int) -> None:
+        """Now that it is known how many epochs there are: let the cache go before anything is filled for it."""
+        before, cache = self._judged, self.cache
+        if (
+            before is None
+            or cache is None
+            or before.epochs == left
+            or any(f["rows_present"] for f in cache.info().values())
+        ):
+            return
+        judgement = judge(before.costs, str(self.boundary), self.epoch, left)
+        self._judged = judgement
+        self._note(judgement)
+        if not judgement.pays:
+            for loader in self._cached:
+                loader.decline(PassingLoader(loader.dataloader, model_device(self.model), "frozen"))
+            cache.close()
+            self.parts = self.cache = None
+
+    def _note(self, judgement: Judgement) -> None:
+        tell(judgement)
+        self.decisions.append(judgement.move)
 
     def _scheduled(self) -> Staging:
         if self._staging is None:
@@ -437,15 +497,32 @@ class Engine:
         upcoming = staging.upcoming()
         if [frozen for frozen, _ in self._path] != upcoming:
             if self._costs is None:
-                loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
-                self._costs = measure(self.model, staging.ladder, loaders, str(self._store), self._autocast)
-            path, seconds = best_path(upcoming, self._costs, now)
+                self._costs = self._measured(staging, len(upcoming))
+            path, seconds, held = worthwhile(upcoming, self._costs, now)
             self._path = list(zip(upcoming, path, strict=True))
-            ladder, held = staging.ladder, staying(upcoming, self._costs, now)
+            ladder = staging.ladder
             frozen, before, after = (ladder.boundary(count) for count in (staging.frozen, now, path[0]))
             self.decisions.append(Move(self.epoch, frozen, before, after, seconds, held))
         _, place = self._path.pop(0)
         return place
+
+    def _measured(self, staging: Staging, epochs: int) -> Costs:
+        """What the epochs under the schedule are made of."""
+        loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
+        view, device = loaders[0][1], model_device(self.model)
+        sizes = {b.name: b.bytes_per_sample for b in blocks(self.model, view.example().to(device))}
+        largest = max((size for size in sizes.values() if size), default=0) * sum(seen.samples for _, seen in loaders)
+        tier = measured_tier(str(self._store), largest, device)
+        return measure(
+            self.model,
+            staging.usage,
+            staging.ladder.names,
+            loaders,
+            tiers=[tier],
+            row_bytes=sizes,
+            autocast_dtype=self._autocast,
+            epochs=epochs,
+        ).costs(tier)
 
     def _move(self, staging: Staging, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""

@@ -274,8 +274,21 @@ class CachedLoader(LoaderProxy):
         self._settled = False
         self._clock = clock
         self._epoch = -1
+        self._instead: PassingLoader | None = None
+
+    def decline(self, instead: PassingLoader) -> None:
+        """Yield from now on what ``instead`` yields: raw batches, no row is made or read."""
+        self._instead = instead
+
+    @property
+    def source(self) -> Source:
+        """Where the last pass came from."""
+        return super().source if self._instead is None else self._instead.source
 
     def __iter__(self) -> Iterator[Any]:
+        if self._instead is not None:
+            yield from self._instead
+            return
         source = self.rows
         source.check()
         self.counts = counts = PassCounts()

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Costs are measured on one batch, and a move that turns out not to pay was made for nothing: it is made where it is
+# predicted to leave at most this share of what staying costs.
+_AHEAD = 0.9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -99,6 +103,23 @@ def best_path(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[in
         }
     seconds, _, path = rest[cached]
     return list(path), seconds
+
+
+def worthwhile(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[int], float, float]:
+    """:func:`best_path` where it is ahead by more than costs are known to, else the path without any further move.
+
+    Returns:
+        The cached boundary of each epoch, the seconds that they take, and the seconds without any further move.
+    """
+    held = staying(frozen, costs, cached)
+    path, seconds = best_path(frozen, costs, cached)
+    if seconds > _AHEAD * held:
+        place, path = cached, []
+        for count in frozen:
+            place = place if place <= count else 0
+            path.append(place)
+        seconds = held
+    return path, seconds, held
 
 
 def staying(frozen: Sequence[int], costs: Costs, cached: int) -> float:

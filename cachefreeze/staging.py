@@ -61,6 +61,15 @@ class Staging:
         return self._reading()[1]
 
     @property
+    def usage(self) -> Usage:
+        """What a forward of the model uses, in order.
+
+        Raises:
+            UsageError: There is no loader yet.
+        """
+        return self._reading()[0]
+
+    @property
     def boundary(self) -> str | None:
         """The first block that trains; None while all do."""
         return self.ladder.boundary(self.frozen)

@@ -147,6 +147,30 @@ def test_fill_speed(tmp_path):
         assert 0 < rows["optimized hdf5"]["write_share"] < 1
 
 
+def test_plan_accuracy(tmp_path):
+    """Every case has its predictions beside its measurements, and every run its choice beside the best."""
+    out = tmp_path / "plan.json"
+    found = json.loads(run("plan_accuracy.py", tmp_path, "--smoke", "--out", str(out))[-1])
+    assert found == json.loads(out.read_text())
+    assert (len(found["cases"]), found["figures"], found["choices"]) == (3, 15, 16)
+    for case in found["cases"]:
+        figures = [case["frozen"], *(figure for tier in case["tiers"].values() for figure in tier.values())]
+        assert all(figure["predicted"] > 0 for figure in figures)
+        assert case["frozen"]["measured"] > 0
+    assert all(choice["behind"] >= 0 for choice in found["chosen"])
+
+
+def test_never_slower(tmp_path):
+    """Pairs of whole runs, with the interval of their ratio and what auto did."""
+    out = tmp_path / "never.json"
+    found = json.loads(run("never_slower.py", tmp_path, "--smoke", "--out", str(out))[-1])
+    assert found == json.loads(out.read_text())
+    assert len(found["cases"]) == 3
+    for case in found["cases"]:
+        assert case["interval"][0] <= case["ratio"] <= case["interval"][1]
+        assert len(case["sources"]) == case["epochs"]
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run_script("gpu.py", CUDA_VISIBLE_DEVICES="")

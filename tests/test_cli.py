@@ -64,7 +64,8 @@ def test_every_cache_gives_the_same_figures(capfd, tmp_path):
     assert all(losses(report) == losses(reports[0]) for report in reports)
     for state in states:
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
-    assert [report["store"] for report in reports] == ["off", "host", "hdf5", "host"]
+    assert [report["store"] for report in reports[:3]] == ["off", "host", "hdf5"]
+    assert reports[3]["store"] in ("host", "off"), "in three epochs of a tiny model it is measured which is faster"
     assert [e["source"] for e in reports[0]["epochs"]] == ["frozen"] * 3
 
 
@@ -175,7 +176,9 @@ def small(folder, *more):
 
 def test_an_image_folder(capfd, tmp_path):
     data = make_folder(tmp_path / "data")
-    status, out, err = run(capfd, "train", *small(data, "--epochs", 2, "--report", tmp_path / "r.json"))
+    status, out, err = run(
+        capfd, "train", *small(data, "--epochs", 2, "--cache", "host", "--report", tmp_path / "r.json")
+    )
     assert (status, err) == (0, "")
     assert read(tmp_path / "r.json")["epochs"][1]["source"] == "cached"
     assert "classifier" in out
@@ -322,7 +325,8 @@ def misfit(tmp_path):
         (lambda t: ("train", "--schedule", t / "no.yaml"), "no.yaml"),
         (lambda _: ("train", "--variants", "1"), "2 or more"),
         (lambda _: ("train", "--variants", "4", "--cache", "off"), "--cache is off"),
-        (lambda _: ("plan",), "plan"),
+        (lambda _: ("plan", "--plot", "x.png"), "--schedule"),
+        (lambda _: ("plan", "--t0", "0.5"), "--schedule"),
         (lambda t: ("info", t / "nothing.h5"), "nothing.h5"),
         (lambda t: ("verify", t / "nothing.h5"), "nothing.h5"),
         (lambda t: ("clean", t / "nothing.h5"), "nothing.h5"),

@@ -75,7 +75,8 @@ def test_python_blocks_run(page, tmp_path, capsys, monkeypatch, request):
     for code in FENCE.findall((ROOT / page).read_text()):
         exec(compile(code, page, "exec"), given)
     if page == "README.md":
-        assert "cached" in capsys.readouterr().out
+        # twelve samples in three epochs are fewer forwards than a split takes, so ``auto`` declines
+        assert "frozen" in capsys.readouterr().out.splitlines()
 
 
 def test_the_readme_has_exactly_two_commands_to_set_up_and_go():

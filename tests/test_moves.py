@@ -16,6 +16,7 @@ from cachefreeze.measuring import measure
 from cachefreeze.moves import Costs, best_path, staying
 from cachefreeze.samples import View
 from cachefreeze.schedules import Ladder
+from cachefreeze.tracing import record_usage
 
 
 def costs(forward, *, fetch=0.0, read=0.0, write=0.0, setup=0.0):
@@ -111,8 +112,9 @@ def test_costs_are_those_of_the_blocks_and_measuring_leaves_no_trace():
     model.train()
     torch.manual_seed(5)
     view = View.of(loader, ["input"])
-    ladder = Ladder.of(model, view.example())
-    found = measure(model, ladder, [(loader, view)], "host", None)
+    usage = record_usage(model, view.example())
+    names = Ladder.of_usage(model, usage).names
+    found = measure(model, usage, names, [(loader, view)], tiers=["host"]).costs("host")
     # two batches of four: each block's sleep twice
     assert 0.04 <= found.forward[1] < 0.4
     assert found.forward[1] > 5 * found.forward[0]
@@ -126,7 +128,7 @@ def test_costs_are_those_of_the_blocks_and_measuring_leaves_no_trace():
 
 def follow(given, monkeypatch, *, epochs, schedule, store="host"):
     """Cached boundary of every epoch, and the engine, with costs that are given rather than measured."""
-    monkeypatch.setattr("cachefreeze.engine.measure", lambda *_: given)
+    monkeypatch.setattr(cf.Engine, "_measured", lambda *_: given)
     engine = cf.Engine(slow_model(), store, schedule=schedule)
     loader = engine.loader(batches())
     seen = []

@@ -13,11 +13,11 @@ from cachefreeze.cli import parser
 
 def test_public_names():
     assert sorted(cf.__all__) == [
-        "AllButLast", "Block", "BlockShuffleSampler", "Boundary", "BoundaryTensor", "CacheFreezeError",
-        "CacheManager", "DeviceStore",
-        "Engine", "FieldSpec", "FreezeAtZeroLR", "FreezeOut", "GradientChange", "GradualUnfreezing", "HDF5Store",
-        "HostStore", "Optimized", "Parts", "Plasticity", "Rows", "Stage", "Stages", "Store", "StoreSpec", "Trainer",
-        "blocks", "freeze", "split", "unfreeze",
+        "AllButLast", "Block", "BlockShuffleSampler", "Boundary", "BoundaryPlan", "BoundaryTensor", "CacheFreezeError",
+        "CacheManager", "DeviceStore", "Engine", "FieldSpec", "FreezeAtZeroLR", "FreezeOut",
+        "GradientChange", "GradualUnfreezing",
+        "HDF5Store", "HostStore", "Optimized", "Parts", "Plan", "Plasticity", "Rows", "Stage", "Stages", "Store",
+        "StoreSpec", "Trainer", "blocks", "freeze", "plan", "split", "unfreeze",
     ]  # fmt: skip
     assert all(hasattr(cf, name) for name in cf.__all__)
 
@@ -31,7 +31,11 @@ def test_signatures():
     assert names(cf.unfreeze) == ["model", "modules", "example_inputs"]
     assert names(cf.blocks) == ["model", "example_inputs"]
     assert names(cf.split) == ["model", "example_inputs", "train_from"]
-    assert names(cf.Engine) == ["model", "store", "schedule", "moves", "autocast", "dtype", "prefix"]
+    assert names(cf.Engine) == ["model", "store", "schedule", "moves", "autocast", "dtype", "prefix", "epochs"]
+    assert names(cf.plan) == [
+        "model", "train_loader", "store", "epochs", "inputs", "view", "assume_deterministic", "autocast", "loss_fn",
+        "optimizer",
+    ]  # fmt: skip
     loader = ["dataloader", "inputs", "name", "view", "version", "assume_deterministic", "variants", "seed"]
     assert names(cf.Engine.loader) == loader
     assert names(cf.CacheManager.loader) == loader
@@ -71,6 +75,9 @@ def test_command_line_options():
             "--how",
             "--unscaled",
             "--plot",
+            "--device",
+            "--cache-dir",
+            "--json",
         ],
         "fill": JOB,
         "info": [],

@@ -158,7 +158,14 @@ def make_job(args: argparse.Namespace) -> Job:
     if schedule is None:
         freeze_model(model, args, data)
     make_folder(out)
-    engine = Engine(model.to(device), _store(args, out), schedule=schedule, dtype=args.cache_dtype, prefix=args.prefix)
+    engine = Engine(
+        model.to(device),
+        _store(args, out),
+        schedule=schedule,
+        dtype=args.cache_dtype,
+        prefix=args.prefix,
+        epochs=getattr(args, "epochs", None),
+    )
     order = torch.Generator().manual_seed(args.seed)
     images = data.train if args.variants is None else Augmented(data.train, flip=data.name != "digits")
     train = DataLoader(images, args.batch_size, shuffle=True, generator=order)
@@ -205,16 +212,16 @@ def device_of(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        found = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name}: no such device; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: CUDA is not available here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if device.type not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return device
+    return found
 
 
 def _store(args: argparse.Namespace, out: Path) -> str:

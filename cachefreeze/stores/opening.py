@@ -111,7 +111,7 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
     if tier == "auto" and (mixed := _spread_over_tiers(wanted, place)) is not None:
         return mixed
     if tier == "auto":
-        tier, place = _fastest(wanted, place)
+        tier, _, place = _fastest(wanted, place).partition(":")
     if tier == "device" and not place:
         return DeviceStore(wanted.spec, wanted.device)
     if tier == "host" and not place:
@@ -138,21 +138,36 @@ def for_another(where: str | Store) -> str:
     return where
 
 
-def _fastest(wanted: Wanted, folder: str) -> tuple[str, str]:
-    needed_bytes = wanted.spec.nbytes
-    if wanted.device.type != "cpu":
-        free_bytes = free_device_bytes(wanted.device)
-        if free_bytes is not None and needed_bytes <= _DEVICE_SHARE * free_bytes:
-            return "device", ""
+def fitting_tier(nbytes: int, device: torch.device, folder: str = "") -> str | None:
+    """The fastest tier that ``auto`` would take for rows of so many bytes: ``device``, ``host`` or ``hdf5:DIR``.
+
+    Args:
+        nbytes: Of all rows.
+        device: Where the suffix runs.
+        folder: Of ``auto:DIR``; without one nothing goes to disk.
+
+    Returns:
+        The tier; None where no tier has room.
+    """
+    if device.type != "cpu":
+        free_bytes = free_device_bytes(device)
+        if free_bytes is not None and nbytes <= _DEVICE_SHARE * free_bytes:
+            return "device"
     free_bytes = free_host_bytes()
-    if free_bytes is None or needed_bytes <= _HOST_SHARE * free_bytes:
-        return "host", ""
-    if folder:
-        return "hdf5", folder
-    raise StoreSpaceError(
-        f"{wanted.spec.rows:,} rows need {needed_bytes:,} bytes; store='auto' takes "
-        f"half of the {free_bytes:,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
-    )
+    if free_bytes is None or nbytes <= _HOST_SHARE * free_bytes:
+        return "host"
+    return f"hdf5:{folder}" if folder else None
+
+
+def _fastest(wanted: Wanted, folder: str) -> str:
+    needed_bytes = wanted.spec.nbytes
+    tier = fitting_tier(needed_bytes, wanted.device, folder)
+    if tier is None:
+        raise StoreSpaceError(
+            f"{wanted.spec.rows:,} rows need {needed_bytes:,} bytes; store='auto' takes half of the "
+            f"{free_host_bytes():,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
+        )
+    return tier
 
 
 def _spread_over_tiers(wanted: Wanted, folder: str) -> Store | None:

@@ -1,0 +1,250 @@
+"""One short measurement of what a run's epochs are made of; moves, plans and ``auto`` all read the same figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cachefreeze.fingerprint import state_tensors, tensors_digest
+from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.measuring.forwards import block_forwards, wait
+from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
+from cachefreeze.measuring.steps import Optimizers, training_steps
+from cachefreeze.moves import Costs
+from cachefreeze.ragged import evenly
+from cachefreeze.rows import autocast, model_device
+from cachefreeze.samples import View
+from cachefreeze.tracing import Usage, record_usage
+
+__all__ = ["FirstLook", "Measurement", "Speed", "Training", "first_look", "measure", "measured_tier"]
+
+# One forward, and one fetch, that are measured take about this long at most: a larger batch is measured by a part.
+_BATCH_SECONDS = 0.25
+# Of the samples that a run computes, those that may be spent on measuring it, so that measuring is never what is slow.
+_SHARE = 0.01
+# A split records, cuts and verifies with forwards and backwards of a few samples: about this many of their forwards,
+# and, for following every call and for fingerprints, this many recordings of the order of use. Only for the first
+# decision; after a move its own time is known.
+_SPLIT_FORWARDS, _SPLIT_RECORDINGS = 60, 15
+_FEW = 3
+_DIGESTED_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Measured figures. Boundary c is that before block c; 0 is no cache.
+
+    Attributes:
+        names: Of the blocks, in order of use.
+        samples: Of one epoch, all loaders together.
+        batches: Likewise.
+        forward: Seconds a sample in each block, in eval mode without gradients.
+        fetch: Seconds a sample for the raw batch: decoding, collating; what workers hide left out.
+        row_bytes: Of a row at each boundary, with the fields beside it.
+        steps: Seconds a batch of one training step from each block on; empty where it was not asked for.
+        speeds: Of each tier.
+        passing: Seconds at the beginning of every pass over rows at each boundary: weights are digested.
+        setup: Seconds to split and to verify.
+        fills: Epochs until all rows of a boundary are there: one, or as many as a sample has variants.
+        seconds: That measuring took.
+    """
+
+    names: tuple[str, ...]
+    samples: int
+    batches: int
+    forward: tuple[float, ...]
+    fetch: float
+    row_bytes: tuple[int, ...]
+    steps: tuple[float, ...]
+    speeds: Mapping[str, Speed]
+    passing: tuple[float, ...]
+    setup: float
+    fills: int
+    seconds: float
+
+    def with_speeds(self, tiers: Sequence[str], device: torch.device, batch: int) -> Measurement:
+        """The same figures with the speeds of further tiers, for batches of ``batch`` rows."""
+        return replace(self, speeds={**self.speeds, **{tier: speed_of(tier, device, batch) for tier in tiers}})
+
+    def costs(self, tier: str) -> Costs:
+        """What a decision needs: seconds for all samples once, with rows in one of the measured tiers."""
+        speed = self.speeds[tier]
+        return Costs(
+            forward=tuple(self.samples * seconds for seconds in self.forward),
+            fetch=self.samples * self.fetch,
+            read=tuple(
+                beginning + self.batches * speed.read_batch + self.samples * size * speed.read_byte
+                for size, beginning in zip(self.row_bytes, self.passing, strict=True)
+            ),
+            write=tuple(self.batches * speed.write_batch + self.samples * n * speed.write_byte for n in self.row_bytes),
+            setup=self.setup,
+            fills=self.fills,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a training step is measured with.
+
+    Attributes:
+        loss_fn: ``loss_fn(output, target)``; None takes cross entropy where output and target are those of a
+            classifier, else the mean of squares.
+        optimizer: Makes an optimizer of parameters.
+    """
+
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    optimizer: Optimizers = torch.optim.AdamW
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What three samples show, in a few milliseconds.
+
+    Attributes:
+        forward: Seconds of their forward; in larger batches a sample takes less.
+        recording: Seconds to record the order of use.
+        fetch: Seconds a sample.
+    """
+
+    forward: float
+    recording: float
+    fetch: float
+
+    @property
+    def setup(self) -> float:
+        """Seconds to split and to verify."""
+        return _SPLIT_FORWARDS * self.forward + _SPLIT_RECORDINGS * self.recording
+
+    def most(self, samples: int) -> float:
+        """Seconds that rows of ``samples`` samples can spare at most."""
+        return samples * (self.forward / _FEW + self.fetch)
+
+
+def first_look(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None) -> FirstLook:
+    """Fetch and compute three samples, without a trace."""
+    device = model_device(model)
+    with preserved_random_state(), preserved_state(model), autocast(device, autocast_dtype):
+        began = time.perf_counter()
+        example = view.layout.example(view.fetch(_spread(len(view), _FEW)))
+        fetch = (time.perf_counter() - began) / _FEW
+        example = example.to(device)
+        began = time.perf_counter()
+        record_usage(model, example)
+        wait(device)
+        recording = time.perf_counter() - began
+        with eval_mode(model), torch.no_grad():
+            began = time.perf_counter()
+            example.fresh().call(model)
+            wait(device)
+    return FirstLook(time.perf_counter() - began, recording, fetch)
+
+
+def measure(
+    model: nn.Module,
+    usage: Usage,
+    names: Sequence[str],
+    loaders: Sequence[tuple[DataLoader[Any], View]],
+    *,
+    tiers: Sequence[str],
+    row_bytes: Mapping[str, int | None] | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    training: Training | None = None,
+    epochs: int | None = None,
+    look: FirstLook | None = None,
+) -> Measurement:
+    """Measure once, on one batch, without a trace: modes, flags, gradients, buffers, random states are as before.
+
+    Args:
+        model: On its device.
+        usage: What its forward uses, in order.
+        names: Of the blocks, in that order.
+        loaders: Each is gone through once an epoch; the batch is the first one's.
+        tiers: ``device``, ``host``, ``hdf5:DIR``: whose reading and writing is measured; a folder is written to.
+        row_bytes: Of a row at each block, where known; else what enters the block's first call is counted.
+        autocast_dtype: Of the model.
+        training: Measures training steps as well.
+        epochs: Of the run, where known: a short run is measured with few samples.
+        look: Taken already.
+    """
+    began = time.perf_counter()
+    dataloader, view = loaders[0]
+    device = model_device(model)
+    samples = sum(seen.samples for _, seen in loaders)
+    limit = min(dataloader.batch_size or 64, len(view))
+    if epochs is not None:
+        limit = min(limit, max(_FEW, int(_SHARE * samples * epochs)))
+    look = first_look(model, view, autocast_dtype) if look is None else look
+    with preserved_random_state(), preserved_state(model), autocast(device, autocast_dtype):
+        few, fetch = _fetched(view, limit, look.fetch)
+        small = view.layout.example(few).to(device)
+        count = small.batch
+        wanted = max(count, min(limit, int(_BATCH_SECONDS * _FEW / max(look.forward, 1e-9))))
+        example = small.take([i % count for i in range(wanted)])
+        with eval_mode(model), torch.no_grad():
+            forward, entering = block_forwards(model, usage, names, example)
+        steps: list[float] = []
+        if training is not None:
+            target = _target(view, few, wanted, count, device)
+            steps = training_steps(model, usage, names, example, target, training.loss_fn, training.optimizer)
+            steps = [seconds * (dataloader.batch_size or wanted) / wanted for seconds in steps]
+    beside = sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.fields())
+    known = row_bytes or {}
+    sizes = [known.get(name) or entered for name, entered in zip(names, entering, strict=True)]
+    per_sample = [seconds / wanted for seconds in forward]
+    return Measurement(
+        names=tuple(names),
+        samples=samples,
+        batches=sum(len(loader) for loader, _ in loaders),
+        forward=tuple(per_sample),
+        fetch=_exposed(fetch, dataloader.num_workers, sum(per_sample)),
+        row_bytes=tuple(size + beside for size in sizes),
+        steps=tuple(steps),
+        speeds={tier: speed_of(tier, device, limit) for tier in tiers},
+        passing=tuple(_passing(model, usage, names, 2 * fetch)),
+        setup=look.setup,
+        fills=max(len(seen) // seen.samples for _, seen in loaders),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _fetched(view: View, limit: int, each: float) -> tuple[Any, float]:
+    """A raw batch of at most ``limit`` samples that take ``each`` seconds, and what a sample of it took."""
+    rows = _spread(len(view), max(_FEW, min(limit, int(_BATCH_SECONDS / max(each, 1e-9)))))
+    began = time.perf_counter()
+    raw = view.fetch(rows)
+    return raw, (time.perf_counter() - began) / len(rows)
+
+
+def _spread(samples: int, count: int) -> list[int]:
+    return evenly(samples, count) if samples >= count else [i % samples for i in range(count)]
+
+
+def _exposed(fetch: float, workers: int, forward: float) -> float:
+    """What is seen of fetching: workers fetch while the model computes, each a batch of its own."""
+    return fetch if not workers else max(0.0, fetch / workers - forward)
+
+
+def _target(view: View, raw: Any, wanted: int, count: int, device: torch.device) -> Tensor | None:
+    """The first field beside the model's inputs, for as many samples as are computed."""
+    values = view.layout.field_tensors(raw) if view.layout.fields else []
+    if not values or not values[0].dim() or len(values[0]) != count:
+        return None
+    return values[0][torch.arange(wanted) % count].to(device)
+
+
+def _passing(model: nn.Module, usage: Usage, names: Sequence[str], looking: float) -> list[float]:
+    """What every pass over rows begins with: a digest of the prefix's weights, and a look at two samples."""
+    block = [("block", torch.zeros(_DIGESTED_BYTES, dtype=torch.uint8))]
+    began = time.perf_counter()
+    tensors_digest(block)
+    a_byte = (time.perf_counter() - began) / _DIGESTED_BYTES
+    sizes = {name: tensor.nbytes for name, tensor in state_tensors(model)}
+    starts = [usage.start(model, name) or 0 for name in names]
+    before = [sum(sizes.get(name, 0) for name, used in usage.parameters.items() if used < start) for start in starts]
+    return [a_byte * nbytes + looking for nbytes in before]

@@ -1,0 +1,149 @@
+"""How fast a tier reads and writes rows, by its own store and the loader: seconds a batch and seconds a byte."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from cachefreeze.errors import StoreError
+from cachefreeze.loader import CachedLoader, Computed, NumericMode, PassCounts, Rows, RowSource, move
+from cachefreeze.measuring.forwards import wait
+from cachefreeze.rows import index_of
+from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec
+from cachefreeze.stores.opening import fitting_tier
+
+_BATCHES = 4
+_PASSES = 3
+# Of a batch of large rows: more than a cache of the processor holds of all batches, and milliseconds to write.
+_LARGE_BYTES = 1 << 22
+_SMALL_BYTES = 1 << 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds of reading and writing: so many a batch, and so many a byte of its rows; both with the way to the device.
+
+    Attributes:
+        read_batch: Of a batch, however small its rows.
+        read_byte: Of a byte of rows that are read in any order.
+        write_batch: Likewise of writing.
+        write_byte: With its share of making the store and of the commit.
+    """
+
+    read_batch: float
+    read_byte: float
+    write_batch: float
+    write_byte: float
+
+
+def measured_tier(store: str, nbytes: int, device: torch.device) -> str:
+    """The tier whose speed is that of a store: ``device``, ``host`` or ``hdf5:DIR``."""
+    tier, _, place = store.partition(":")
+    if tier == "auto":
+        return fitting_tier(nbytes, device, place) or "host"  # where nothing has room, opening the store says so
+    path = Path(place).expanduser()
+    return f"hdf5:{path.parent}" if tier == "hdf5" and path.suffix == ".h5" else store
+
+
+@cache  # of the machine, not of a model: once a process is enough
+def speed_of(tier: str, device: torch.device, batch: int) -> Speed:
+    """Write a few batches to a small store of a tier and read them in another order.
+
+    Args:
+        tier: ``device``, ``host`` or ``hdf5:DIR``; the folder is written to.
+        device: Where rows come from and go to.
+        batch: Rows in a batch.
+
+    Raises:
+        StoreError: The tier's store cannot be made.
+    """
+    kind, _, place = tier.partition(":")
+    if kind != "hdf5":
+        return _speed(lambda spec: DeviceStore(spec, device) if kind == "device" else HostStore(spec), device, batch)
+    folder = Path(place).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".measuring-") as scratch:
+            names = iter(range(2))
+            return _speed(
+                lambda spec: HDF5Store.create(Path(scratch) / f"{next(names)}.h5", spec, fingerprint={}), device, batch
+            )
+    except OSError as error:
+        raise StoreError(f"cannot write to the cache folder {folder}: {error.strerror}; give another one") from error
+
+
+def _speed(make: Callable[[StoreSpec], Store], device: torch.device, batch: int) -> Speed:
+    small, large = (max(1, nbytes // (4 * batch)) for nbytes in (_SMALL_BYTES * batch, _LARGE_BYTES))
+    little, much = _timed(make, device, batch, small), _timed(make, device, batch, max(large, small + 1))
+    apart = 4 * batch * (max(large, small + 1) - small)
+    slopes = [max(0.0, b - a) / apart for a, b in zip(little, much, strict=True)]
+    batches = [max(0.0, a - slope * 4 * batch * small) for a, slope in zip(little, slopes, strict=True)]
+    return Speed(read_batch=batches[0], read_byte=slopes[0], write_batch=batches[1], write_byte=slopes[1])
+
+
+class _Stored:
+    """A store that is full, as the loader reads it; nothing in it is ever absent."""
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self._store, self._device = store, device
+        self._mode = NumericMode(None)
+
+    settled = True  # after a fill the loader asks no more which rows are absent
+
+    def check(self) -> None:
+        """Nothing changes here."""
+
+    def in_turn(self, batches: Iterator[Sequence[int]], epoch: int) -> Iterator[Sequence[int]]:
+        """Rows stand for samples of the same index."""
+        return batches
+
+    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
+        values = move(self._store.read(index_of(rows)), self._device)
+        return Rows([values["row"]], self._mode, self), values["label"]
+
+
+def _timed(make: Callable[[StoreSpec], Store], device: torch.device, batch: int, width: int) -> tuple[float, float]:
+    """Seconds to read and to write one batch of rows of ``width`` float32 numbers."""
+    rows = _BATCHES * batch
+    values = {"row": torch.zeros(batch, width, device=device), "label": torch.zeros(batch, dtype=torch.int64)}
+    fields = (
+        FieldSpec(name="row", shape=(width,), dtype=torch.float32),
+        FieldSpec(name="label", shape=(), dtype=torch.int64),
+    )
+    began = time.perf_counter()
+    store = make(StoreSpec(rows=rows, fields=fields))
+    made = time.perf_counter() - began
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
+    writes, reads = [], []
+    try:
+        for index in torch.split(torch.arange(rows), batch):
+            began = time.perf_counter()
+            store.claim(index)
+            store.write(index, values)
+            wait(device)
+            writes.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        store.commit()
+        made += time.perf_counter() - began
+        # a generator of its own: a pass draws from it as from the user's
+        batches: DataLoader[Any] = DataLoader(range(rows), batch, sampler=order, generator=torch.Generator())  # type: ignore[arg-type]
+        loader = CachedLoader(batches, cast("RowSource", _Stored(store, device)))
+        for _ in range(_PASSES):
+            began = time.perf_counter()
+            for _ in loader:
+                pass
+            wait(device)
+            reads.append((time.perf_counter() - began) / _BATCHES)
+    finally:
+        store.close()
+    # a large store's making and commit grow with its bytes; a small one's are no part of any batch
+    shared = made / _BATCHES if 4 * width * batch > _LARGE_BYTES // 2 else 0.0
+    return min(reads), min(writes) + shared

@@ -1,0 +1,343 @@
+"""cf.plan: what it predicts of every boundary, from which arithmetic, and that measuring leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import cachefreeze as cf
+from cachefreeze.errors import RandomSampleError, UsageError
+from cachefreeze.isolation import RandomState
+from cachefreeze.judging import judge
+from cachefreeze.measuring import Training, measure, measured_tier
+from cachefreeze.measuring.speeds import speed_of
+from cachefreeze.moves import Costs, worthwhile
+from cachefreeze.planning import _break_even
+from cachefreeze.samples import View
+from cachefreeze.stores import opening
+from cachefreeze.tracing import record_usage
+
+
+class Sleeps(torch.autograd.Function):
+    """The identity, which takes a while in both directions."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward_seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.backward_seconds)
+        return gradient, None, None
+
+
+class Slow(nn.Module):
+    """A layer whose forward and backward take as long as they are told to, in any mode."""
+
+    def __init__(self, forward, backward):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.seconds = forward, backward
+
+    def forward(self, x):
+        return Sleeps.apply(self.norm(x), *self.seconds)
+
+
+FORWARD, BACKWARD = (0.002, 0.02, 0.01), (0.002, 0.03, 0.015)
+
+
+def slow_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(Slow(f, b) for f, b in zip(FORWARD, BACKWARD, strict=True)), nn.Dropout(0.5), nn.Linear(3, 2)
+    )
+
+
+def batches(samples=8, size=4, **options):
+    data = TensorDataset(torch.randn(samples, 3, generator=torch.Generator().manual_seed(1)), torch.arange(samples) % 2)
+    return DataLoader(data, size, **options)
+
+
+def traces(model):
+    """All that measuring must not touch, copied."""
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "modes": [module.training for module in model.modules()],
+        "flags": [p.requires_grad for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("train_from", [None, "1"])
+def test_planning_leaves_no_trace(train_from):
+    model, loader = slow_model(), batches(shuffle=True)
+    if train_from is not None:
+        cf.freeze(model, train_from)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    fired = []
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: fired.append(p))
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    fired.clear()
+    before, state, momentum = traces(model), RandomState.capture(), copy.deepcopy(optimizer.state_dict())
+    cf.plan(model, loader)
+    assert same(before, traces(model))
+    assert state.moved() == []
+    assert same(momentum, optimizer.state_dict())
+    assert not fired, "an optimizer that steps in the backward would have stepped"
+
+
+def test_a_step_from_each_block_on_is_its_forward_and_backward():
+    """One instrumented pass gives the steps from all blocks on: those of a loop that trains from there."""
+    model, loader = slow_model(), batches()
+    view = View.of(loader, ["input"])
+    usage = record_usage(model, view.example())
+    names = ["0", "1", "2", "4"]
+    found = measure(model, usage, names, [(loader, view)], tiers=[], training=Training())
+    for at in range(3):
+        expected = sum(FORWARD[at:]) + sum(BACKWARD[at:])
+        assert expected <= found.steps[at] + 1e-3
+        assert found.steps[at] < 3 * expected + 0.1, "sleeps last longer on a busy machine"
+    assert found.steps[3] < found.steps[2] - sum(BACKWARD[2:]), "nothing of the blocks before it"
+    assert 4 * found.forward[1] == pytest.approx(FORWARD[1], rel=0.5)
+
+
+def test_the_table_is_the_arithmetic_of_its_measurement():
+    model, loader = slow_model(), batches(samples=40)
+    plan = cf.plan(model, loader, epochs=5)
+    assert [row.boundary for row in plan.rows] == ["1", "2", "4"]
+    one = plan.at("4")
+    assert one.tier == "host"
+    assert one.bytes_per_sample == 3 * 4 + 8, "the row and the label beside it"
+    assert one.nbytes == 40 * one.bytes_per_sample
+    assert one.frozen_seconds > 10 * sum(FORWARD), "ten batches, all three slow forwards in each"
+    assert one.cached_seconds < 0.2 * one.frozen_seconds
+    assert one.fill_seconds > one.frozen_seconds - one.cached_seconds
+    assert one.speedup == one.frozen_seconds / one.cached_seconds
+    assert one.total_seconds(3) == pytest.approx(one.setup_seconds + one.fill_seconds + 2 * one.cached_seconds)
+    assert plan.live_seconds > plan.at("1").frozen_seconds
+    assert plan.boundary is None
+
+
+@pytest.mark.parametrize(
+    ("first", "cached", "frozen", "expected"),
+    [(1.0, 0.5, 1.0, 1), (1.5, 0.5, 1.0, 2), (1.6, 0.5, 1.0, 3), (3.0, 0.0, 1.0, 3), (2.0, 1.0, 1.0, None)],
+)
+def test_break_even_is_the_first_epoch_in_which_the_sum_is_no_more(first, cached, frozen, expected):
+    assert _break_even(first, cached, frozen) == expected
+    if expected is not None:
+        assert first + (expected - 1) * cached <= expected * frozen + 1e-9
+        assert expected == 1 or first + (expected - 2) * cached > (expected - 1) * frozen
+
+
+def test_advice_is_for_where_the_model_is_frozen():
+    model = slow_model()
+    cf.freeze(model, "2")
+    plan = cf.plan(model, batches(samples=40), epochs=50)
+    assert plan.boundary == "2"
+    assert plan.advice.startswith("train_from=2 on host: ")
+    assert plan.advice.endswith(f"pays after {plan.at('2').break_even_epochs} epochs")
+    text = str(plan)
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["1", "2", "4"]
+    assert text.splitlines()[-1] == plan.advice
+    assert json.loads(plan.to_json())["rows"][1]["boundary"] == "2"
+    never = replace(plan, epochs=1)
+    assert never.best is None
+    assert "does not pay at '2' within 1 epochs" in never.advice
+
+
+class Centres(nn.Module):
+    """Its rows depend on the rest of their batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        time.sleep(0.01)
+        h = self.layer(x)
+        return h - h.mean(dim=0)
+
+
+def test_a_boundary_that_cannot_be_cut_is_shown_with_the_reason():
+    model = nn.Sequential(Slow(0.01, 0.0), Centres(), nn.Linear(3, 2))
+    plan = cf.plan(model, batches(samples=40), epochs=1000)
+    row = plan.at("2")
+    assert "batch" in row.reason
+    assert (row.bytes_per_sample, row.tier, row.cached_seconds, row.break_even_epochs) == (None, None, None, None)
+    assert f"2: {row.reason}" in str(plan)
+    assert row.frozen_seconds > 0
+    assert plan.best.boundary == "1", "the next best, which can be"
+    cf.freeze(model, "2")
+    assert f"({plan.at('2').reason})" in cf.plan(model, batches(samples=40), epochs=1000).advice
+
+
+def test_a_boundary_within_a_block_is_among_the_rows():
+    model = nn.Sequential(Slow(0.01, 0.0), nn.TransformerEncoderLayer(4, 1, 8, batch_first=True), nn.Linear(4, 2))
+    model[0].norm = nn.BatchNorm1d(4)
+    data = TensorDataset(torch.randn(8, 4, 4), torch.zeros(8, 4, dtype=torch.int64))
+    cf.freeze(model, "1.linear1", example_inputs=torch.randn(2, 4, 4))
+    plan = cf.plan(model, DataLoader(data, 4), epochs=1000)
+    assert plan.boundary == "1.linear1"
+    assert [row.boundary for row in plan.rows] == ["1", "1.linear1", "2"]
+    assert 0 < plan.at("1.linear1").forward_removed < 1
+    assert plan.best.boundary == "1.linear1"
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.randn(3), index % 2
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(RandomSampleError):
+        cf.plan(slow_model(), DataLoader(Augmented(), 4))
+    with pytest.raises(UsageError, match="'tape'"):
+        cf.plan(slow_model(), batches(), store="tape")
+    with pytest.raises(UsageError, match="has no boundary '7'"):
+        cf.plan(slow_model(), batches()).at("7")
+
+
+def test_the_tier_is_the_one_that_fits(monkeypatch, tmp_path):
+    monkeypatch.setattr(opening, "free_host_bytes", lambda: 0)
+    nowhere = cf.plan(slow_model(), batches())
+    assert {row.tier for row in nowhere.rows} == {None}
+    assert "store='auto:DIR'" in nowhere.rows[0].reason
+    on_disk = cf.plan(slow_model(), batches(), store=f"auto:{tmp_path}")
+    assert {row.tier for row in on_disk.rows} == {f"hdf5:{tmp_path}"}
+    assert list(tmp_path.iterdir()) == [], "what was written to measure is gone"
+    assert measured_tier(f"hdf5:{tmp_path}/one.h5", 1, torch.device("cpu")) == f"hdf5:{tmp_path}"
+
+
+def test_speeds_are_of_the_store(tmp_path):
+    """A byte and a batch cost something in every tier; a file's row costs more than one in memory."""
+    cpu = torch.device("cpu")
+    host, disk = speed_of("host", cpu, 16), speed_of(f"hdf5:{tmp_path}", cpu, 16)
+    assert host.read_byte > 0
+    assert disk.write_byte > 0
+    assert disk.read_batch > host.read_batch
+
+
+# --- auto ---
+
+
+def costs(before, *, read=0.0, write=0.0, setup=0.0):
+    return Costs(forward=(before, 1.0), fetch=0.0, read=(0.0, read), write=(0.0, write), setup=setup)
+
+
+def test_auto_declines_by_the_epochs_that_there_are():
+    given = costs(1.0, write=3.0)
+    assert not judge(given, "b", 0, 4).pays
+    assert judge(given, "b", 0, 5).pays
+    assert judge(given, "b", 0, None).pays, "unknown: it is ahead in the long run"
+    assert not judge(costs(1.0, read=2.0), "b", 0, None).pays, "never ahead"
+    assert not judge(None, "b", 0, 1).pays, "one epoch reads nothing again"
+
+
+def test_what_is_ahead_by_less_than_figures_are_known_to_is_left():
+    nearly = costs(1.0, read=0.95)
+    assert worthwhile([1] * 100, nearly, 0)[0] == [0] * 100
+    assert worthwhile([1] * 100, costs(1.0, read=0.5), 0)[0] == [1] * 100
+    path, seconds, held = worthwhile([1, 0, 1], nearly, 1)
+    assert path == [1, 0, 0], "a thaw moves it whatever that costs"
+    assert seconds == held
+
+
+def train(model, store, epochs, *, known=False, samples=8):
+    engine = cf.Engine(model, store, epochs=epochs if known else None)
+    loader, val = engine.loader(batches(samples)), engine.loader(batches())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    torch.manual_seed(3)
+    for _ in engine.epochs(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(engine(x), y).backward()
+            optimizer.step()
+        for x, _y in val:
+            engine(x)
+    engine.close()
+    return engine, loader, val
+
+
+def frozen_model():
+    model = slow_model()
+    cf.freeze(model, "4")
+    return model
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_short_run_is_frozen_without_a_cache(known, caplog):
+    """Two epochs do not pay back sixty forwards: said before the split, or when the epochs begin."""
+    with caplog.at_level(logging.WARNING, "cachefreeze"):
+        engine, loader, val = train(frozen_model(), "auto", 2, known=known)
+    assert (loader.source, val.source) == ("frozen", "frozen")
+    assert engine.cache is None
+    assert engine.parts is None
+    reason = "splitting the model takes longer than 2 epochs could save" if known else "2 epochs would spend"
+    assert f"store='auto' does not cache at '4': {reason}" in caplog.text
+    assert [move.after for move in engine.decisions] == ([None] if known else ["4", None])
+
+
+def test_a_long_run_is_cached_and_computes_the_same():
+    """320 slow forwards are worth the sixty or so of a split, and those of a fill."""
+
+    def model():
+        torch.manual_seed(0)
+        made = nn.Sequential(Slow(0.005, 0.0), nn.Linear(3, 2))
+        cf.freeze(made, "1")
+        return made
+
+    models = model(), model()
+    (engine, loader, val), (_, plain, _) = (
+        train(made, store, 20, known=True, samples=64) for made, store in zip(models, ("auto", "off"), strict=True)
+    )
+    assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+    assert (loader.source, val.source, plain.source) == ("cached", "cached", "frozen")
+    assert [move.after for move in engine.decisions] == ["1"]
+    assert engine.decisions[0].seconds_moving < engine.decisions[0].seconds_staying
+
+
+def test_declining_changes_no_weight():
+    models = [frozen_model(), frozen_model(), frozen_model()]
+    for model, store in zip(models, ("auto", "off", "host"), strict=True):
+        train(model, store, 2)
+    expected = models[1].state_dict()
+    for model in models:
+        assert same(dict(model.state_dict()), dict(expected))
+
+
+@pytest.mark.gpu
+def test_a_plan_on_cuda(tmp_path):
+    """The same table on a GPU: rows lie on the device, and its memory is among what is free."""
+    model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 64), nn.Linear(64, 2)).cuda()
+    plan = cf.plan(model, batches(samples=256, size=64), store=f"auto:{tmp_path}")
+    assert {row.tier for row in plan.rows} == {"device"}
+    assert plan.free_bytes.keys() == {"device", "host", "disk"}
+    assert all(row.cached_seconds > 0 for row in plan.rows)
