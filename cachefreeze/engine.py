@@ -27,6 +27,7 @@ from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, S
 from cachefreeze.manager import CacheManager, next_name
 from cachefreeze.measuring import measure
 from cachefreeze.moves import Costs, Move, best_path, staying
+from cachefreeze.observing import probe_rows
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule
@@ -34,7 +35,7 @@ from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
-from cachefreeze.tracing import record_usage, trace_usage
+from cachefreeze.tracing import Example, record_usage, trace_usage
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -196,7 +197,7 @@ class Engine:
                     "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
                     "one length in the collate function, or use store='off'"
                 )
-            self._staging.read(seen.example().to(model_device(self.model)))
+            self._staging.read(seen.example().to(model_device(self.model)), partial(self._probe, seen))
             name = name if name is not None else next_name(followed.name for followed in self._followed)
             made = StagedLoader(dataloader)
             self._followed.append(_Followed(made, seen, name, version))
@@ -406,6 +407,10 @@ class Engine:
         if self._staging is None:
             raise UsageError("this engine has no schedule: Engine(model, schedule=…)")
         return self._staging
+
+    def _probe(self, view: View) -> Example:
+        """Samples that a schedule's checks look at, the same ones throughout."""
+        return view.layout.example(view.fetch(probe_rows(len(view)))).to(model_device(self.model))
 
     def _now(self) -> int | None:
         """The epoch that runs; None outside of :meth:`epochs`."""
