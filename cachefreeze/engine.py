@@ -26,11 +26,11 @@ from cachefreeze.inference import Optimized
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
 from cachefreeze.measuring import measure
-from cachefreeze.moves import Costs, Move, best_path, staying
+from cachefreeze.moves import Costs, Move, best_path, staying, too_short
 from cachefreeze.observing import probe_rows
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
-from cachefreeze.schedules import Clock, Ladder, Schedule
+from cachefreeze.schedules import Clock, Ladder, Schedule, Stages
 from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
@@ -441,11 +441,19 @@ class Engine:
             return staging.frozen
         upcoming = staging.upcoming()
         if [frozen for frozen, _ in self._path] != upcoming:
+            first = self._costs is None
             if self._costs is None:
                 loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
                 self._costs = measure(self.model, staging.ladder, loaders, str(self._store), self._autocast)
             path, seconds = best_path(upcoming, self._costs, now)
             self._path = list(zip(upcoming, path, strict=True))
+            if first and isinstance(staging.schedule, Stages):
+                for count, epochs in too_short(upcoming, path):
+                    _LOG.warning(
+                        "the stage that trains from %r lasts %d epoch(s), too short to pay for moving the cache there: "
+                        "what it freezes beyond the boundary before runs in every epoch; freeze in longer stages",
+                        *(staging.ladder.boundary(count), epochs),
+                    )
             ladder, held = staging.ladder, staying(upcoming, self._costs, now)
             frozen, before, after = (ladder.boundary(count) for count in (staging.frozen, now, path[0]))
             self.decisions.append(Move(self.epoch, frozen, before, after, seconds, held))
