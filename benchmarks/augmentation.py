@@ -39,7 +39,7 @@ class Config:
     pretraining_samples: int = 2500
     pretraining_epochs: int = 8
     batch_size: int = 50
-    epochs: int = 50
+    epochs: int = 16
     seeds: int = 5
     lr: float = 0.05
 

@@ -63,7 +63,7 @@ class Watched(cf.Plasticity):
 
 @pytest.mark.parametrize(("checks", "steps"), [(1, [10, 20]), (4, [3, 5, 8, 10, 13, 15, 18, 20]), (10, range(1, 21))])
 def test_plasticity_sees_the_front_block_on_the_same_samples_at_even_steps(checks, steps):
-    schedule = Watched(checks=checks)
+    schedule = Watched(checks=checks, start=1.0)
     schedule.shown = []
     schedule.model, engine, batches, optimizer = made(schedule)
     train(engine, batches, optimizer, 2)
