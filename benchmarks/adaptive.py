@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import evenly, hardware, load_average, versions, write
+from epoch_timings import write
 from half_cifar import clocks, interval, shown
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
+from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.timings import evenly
 
 ARMS = ("baseline", "stages", "plasticity", "gradient change")
 DATA = Path(os.environ.get("CACHEFREEZE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import hardware, load_average, versions, write
+from epoch_timings import write
 from freezeout import Augmented, ResNet
 from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError
+from cachefreeze.machine import hardware, load_average, versions
 
 # live: the prefix runs over a new draw of every sample in every epoch, and nothing is cached
 ARMS = ("live", "view", "variants=4", "variants=8")

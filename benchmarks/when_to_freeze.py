@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import hardware, load_average, versions, write
+from epoch_timings import write
 from freezeout import ResNet
 from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
+from cachefreeze.machine import hardware, load_average, versions
 
 NEVER = 1.0
 
