@@ -27,15 +27,16 @@ from cachefreeze.judging import Judgement, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, next_name
 from cachefreeze.measuring import measure, measured_tier
-from cachefreeze.moves import Costs, Move, worthwhile
+from cachefreeze.moves import Costs, Move, too_short, worthwhile
+from cachefreeze.observing import probe_rows
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
-from cachefreeze.schedules import Clock, Ladder, Schedule
+from cachefreeze.schedules import Clock, Ladder, Schedule, Stages
 from cachefreeze.splitting import Parts, blocks, split, split_padded
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
-from cachefreeze.tracing import Usage, record_usage, trace_usage
+from cachefreeze.tracing import Example, Usage, record_usage, trace_usage
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -204,7 +205,7 @@ class Engine:
                     "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
                     "one length in the collate function, or use store='off'"
                 )
-            self._staging.read(seen.example().to(model_device(self.model)))
+            self._staging.read(seen.example().to(model_device(self.model)), partial(self._probe, seen))
             name = name if name is not None else next_name(followed.name for followed in self._followed)
             made = StagedLoader(dataloader)
             self._followed.append(_Followed(made, seen, name, version))
@@ -467,6 +468,10 @@ class Engine:
             raise UsageError("this engine has no schedule: Engine(model, schedule=…)")
         return self._staging
 
+    def _probe(self, view: View) -> Example:
+        """Samples that a schedule's checks look at, the same ones throughout."""
+        return view.layout.example(view.fetch(probe_rows(len(view)))).to(model_device(self.model))
+
     def _now(self) -> int | None:
         """The epoch that runs; None outside of :meth:`epochs`."""
         return self.epoch if self._running else None
@@ -496,11 +501,19 @@ class Engine:
             return staging.frozen
         upcoming = staging.upcoming()
         if [frozen for frozen, _ in self._path] != upcoming:
+            first = self._costs is None
             if self._costs is None:
                 self._costs = self._measured(staging, len(upcoming))
             path, seconds, held = worthwhile(upcoming, self._costs, now)
             self._path = list(zip(upcoming, path, strict=True))
             ladder = staging.ladder
+            if first and isinstance(staging.schedule, Stages):
+                for count, epochs in too_short(upcoming, path):
+                    _LOG.warning(
+                        "the stage that trains from %r lasts %d epoch(s), too short to pay for moving the cache there: "
+                        "what it freezes beyond the boundary before runs in every epoch; freeze in longer stages",
+                        *(ladder.boundary(count), epochs),
+                    )
             frozen, before, after = (ladder.boundary(count) for count in (staging.frozen, now, path[0]))
             self.decisions.append(Move(self.epoch, frozen, before, after, seconds, held))
         _, place = self._path.pop(0)

@@ -122,6 +122,28 @@ def worthwhile(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[i
     return path, seconds, held
 
 
+def too_short(frozen: Sequence[int], path: Sequence[int]) -> list[tuple[int, int]]:
+    """Stages that end before the best path's boundary has come to where they freeze: a move there would not pay.
+
+    Args:
+        frozen: As for :func:`best_path`.
+        path: What it gave.
+
+    Returns:
+        Frozen leading blocks and epochs of each such stage; the last one, which only the run ends, is not among them.
+    """
+    stages: list[list[int]] = []
+    for epoch, count in enumerate(frozen):
+        if not epoch or count != frozen[epoch - 1]:
+            stages.append([])
+        stages[-1].append(epoch)
+    return [
+        (frozen[epochs[0]], len(epochs))
+        for epochs in stages[:-1]
+        if frozen[epochs[0]] and all(path[epoch] < frozen[epoch] for epoch in epochs)
+    ]
+
+
 def staying(frozen: Sequence[int], costs: Costs, cached: int) -> float:
     """Seconds without any further move, but for those that a thaw forces."""
     total, place = 0.0, cached

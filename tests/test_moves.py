@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
 from cachefreeze.measuring import measure
-from cachefreeze.moves import Costs, best_path, staying
+from cachefreeze.moves import Costs, best_path, staying, too_short
 from cachefreeze.samples import View
 from cachefreeze.schedules import Ladder
 from cachefreeze.tracing import record_usage
@@ -79,6 +79,30 @@ def test_the_boundary_lags_behind_a_schedule_that_freezes_a_block_an_epoch():
 def test_a_thaw_takes_the_boundary_back():
     path, _ = best_path([3, 3, 3, 1, 1, 1], costs([1] * 4, read=0.01), 3)
     assert path == [3, 3, 3, 1, 1, 1]
+
+
+def test_stages_that_end_before_a_move_pays_are_found():
+    """Two epochs of a stage do not repay ten seconds of a move, forty do; the last stage is the run's to end."""
+    given = costs([1] * 4, setup=10)
+    frozen = [0, 1, 1, *[2] * 40, 3, 3]
+    path, _ = best_path(frozen, given, 0)
+    assert path[1:3] == [0, 0]
+    assert path[3] == 2
+    assert too_short(frozen, path) == [(1, 2)]
+    paid = [1] * 40 + [2]
+    assert too_short(paid, best_path(paid, given, 0)[0]) == []
+
+
+def test_a_stage_too_short_to_pay_is_a_warning(caplog):
+    engine = cf.Engine(
+        slow_model(), "host", schedule=cf.Stages([{"train_from": "1", "epochs": 1}, {"train_from": "2"}])
+    )
+    loader = engine.loader(batches())
+    for _ in engine.epochs(60):
+        list(loader)
+    found = [record.getMessage() for record in caplog.records if "too short to pay" in record.getMessage()]
+    assert len(found) == 1
+    assert "trains from '1' lasts 1 epoch(s)" in found[0]
 
 
 # --- measured, and followed ---

@@ -164,9 +164,11 @@ class Schedule(ABC):
 
     Attributes:
         planned: Whether it decides by time alone, so that the whole run can be shown before it begins.
+        checks: How often in an epoch the engine shows it what it decides by.
     """
 
     planned: ClassVar[bool] = True
+    checks: int = 0
 
     @property
     def drives_rates(self) -> bool:

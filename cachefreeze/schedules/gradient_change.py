@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cachefreeze.errors import ScheduleError
-from cachefreeze.schedules.base import Clock, Ladder, Schedule, in_range
+from cachefreeze.schedules.base import Clock, Ladder, Schedule, in_range, whole
 
 
 @dataclass(eq=False)
@@ -23,12 +23,15 @@ class GradientChange(Schedule):
     Args:
         percentile: Of the changes of the blocks that train, 0 to 100.
         start: Share of the run before which nothing freezes.
+        checks: Intervals of an epoch, whose gradients the engine sums; 0: none, the training loop calls
+            :meth:`observe`.
 
     Source: https://arxiv.org/abs/2102.01386 (AutoFreeze), section 4.1.
     """
 
     percentile: float = 50.0
     start: float = 0.1
+    checks: int = 1
     planned: ClassVar[bool] = False
     _frozen: int = field(default=0, init=False, repr=False)
     _last: list[float] | None = field(default=None, init=False, repr=False)
@@ -36,6 +39,7 @@ class GradientChange(Schedule):
     def __post_init__(self) -> None:
         in_range("percentile", self.percentile, 0, 100)
         in_range("start", self.start, 0, 1)
+        whole("checks", self.checks, 0)
 
     def observe(self, clock: Clock, ladder: Ladder, norms: Sequence[float]) -> None:
         """End an interval.

@@ -53,6 +53,8 @@ class Plasticity(Schedule):
         threshold: Share of the first slope.
         patience: Checks in a row under the threshold before a freeze.
         start: Share of the run before which nothing freezes.
+        checks: How often in an epoch the engine makes a check with a probe batch of its own; 0: never, the training
+            loop calls :meth:`observe`.
         thaw: Thaw everything when the learning rate falls to this share of what it was at the last freeze: a drop
             sets blocks in motion again. None never thaws.
 
@@ -64,6 +66,7 @@ class Plasticity(Schedule):
     threshold: float = 0.2
     patience: int = 2
     start: float = 0.1
+    checks: int = 4
     thaw: float | None = None
     planned: ClassVar[bool] = False
     _frozen: int = field(default=0, init=False, repr=False)
@@ -78,6 +81,7 @@ class Plasticity(Schedule):
         whole("patience", self.patience, 1)
         in_range("threshold", self.threshold, 0, 1, low_open=True)
         in_range("start", self.start, 0, 1)
+        whole("checks", self.checks, 0)
         if self.thaw is not None:
             in_range("thaw", self.thaw, 0, 1, low_open=True)
 
