@@ -214,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders; default all that can take part")
+    parser.add_argument("--skip", nargs="+", metavar="NAME", default=(), help="all but these")
     parser.add_argument(
         "--lines", type=Path, required=True, help="every run is appended here; what is there is not run again"
     )
@@ -224,9 +225,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="results file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args()
-    unknown = sorted(set(args.only or ()) - set(CONTENDERS))
+    unknown = sorted({*(args.only or ()), *args.skip} - set(CONTENDERS))
     if unknown:
-        parser.error(f"--only {unknown[0]!r}: expected some of {', '.join(CONTENDERS)}")
+        parser.error(f"no contender {unknown[0]!r}: expected some of {', '.join(CONTENDERS)}")
     if args.data is None and not args.report:
         parser.error("--data: expected an image folder with train/ and val/")
     return args
@@ -234,7 +235,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    able = {name: c for name, c in CONTENDERS.items() if args.cut in c.cuts and name in (args.only or CONTENDERS)}
+    chosen = set(args.only or CONTENDERS) - set(args.skip)
+    able = {name: c for name, c in CONTENDERS.items() if args.cut in c.cuts and name in chosen}
     left_out = {name: why for name, contender in able.items() if (why := contender.lacks()) is not None}
     if not args.report:
         options = ("data", "weights", "cut", "image_size", "samples", "batch_size", "epochs")
