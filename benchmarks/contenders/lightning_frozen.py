@@ -33,6 +33,13 @@ class Classifier(lightning.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
 
+class Frozen(BackboneFinetuning):
+    """All of the backbone: by itself the callback goes on training the weights of its norms, whatever ``train_bn``."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone, train_bn=False)
+
+
 class Timer(Callback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -59,7 +66,7 @@ def run(job: Job, clock: Clock, *, workers: int = 0) -> Callable[[Tensor], Tenso
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=clock.limit,
-        callbacks=[BackboneFinetuning(unfreeze_backbone_at_epoch=job.epochs + 1, train_bn=False), Timer(clock)],
+        callbacks=[Frozen(unfreeze_backbone_at_epoch=job.epochs + 1), Timer(clock)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
