@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
-from cachefreeze.loader import CachedLoader
 from cachefreeze.machine import hardware, load_average, synchronize, versions
 from cachefreeze.timings import evenly
 
