@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import evenly, hardware, load_average, synchronize, versions, write
+from epoch_timings import write
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
+from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.timings import evenly
 
 SCHEMA = 1
 # name of a variant -> store, prefix; a plain epoch has neither

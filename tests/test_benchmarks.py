@@ -194,6 +194,47 @@ def test_never_slower(tmp_path):
         assert len(case["sources"]) == case["epochs"]
 
 
+def image_folder(place):
+    """Four photos of noise in two classes, and two to validate with."""
+    image = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for index in range(count):
+            path = place / split / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+            image.fromarray(pixels.numpy()).save(path)
+    return place
+
+
+@pytest.mark.slow
+def test_rivals(tmp_path):
+    """Contenders train the same; what was run is not run again; who cannot take part is named with what it lacks."""
+    lines_file, out = tmp_path / "lines.jsonl", tmp_path / "rivals.json"
+    words = ["--image-size", "32", "--batch-size", "2", "--epochs", "2", "--rounds", "1", "--lines", str(lines_file)]
+    words += ["--data", str(image_folder(tmp_path / "photos")), "--only", "hand-written", "cachefreeze host"]
+    command = [sys.executable, str(BENCHMARKS / "rivals.py"), *words]  # itself, since its children import it
+
+    def printed(*more: str) -> list[str]:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    found = json.loads(printed()[-1])
+    rows = found["contenders"]
+    assert list(rows) == ["hand-written", "cachefreeze host"]
+    assert rows["hand-written"]["losses"] == rows["cachefreeze host"]["losses"]
+    assert len(rows["hand-written"]["losses"]) == 2
+    assert rows["hand-written"]["total_to_baseline"] == rows["hand-written"]["epoch_to_baseline"] == 1
+    for row in rows.values():
+        assert 0 < row["epoch_seconds"] < row["total_seconds"]
+    kept = lines_file.read_text()
+    again = printed("--out", str(out), "--plot", str(tmp_path / "rivals.png"))
+    assert lines_file.read_text() == kept
+    assert json.loads(again[-1]) == json.loads(out.read_text())
+    assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run_script("gpu.py", CUDA_VISIBLE_DEVICES="")

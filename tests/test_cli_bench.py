@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from safetensors.torch import save_file
 
 from cachefreeze.cli import main, plot
 from cachefreeze.cli.digits import DigitsCNN
+from cachefreeze.engine import Engine
 from cachefreeze.freezing import freeze
 from cachefreeze.isolation import RandomState
 from cachefreeze.splitting import split
-from cachefreeze.timings import Job, measure, steps, table
+from cachefreeze.timings import Job, measure, steps, table, variants
 from cachefreeze.timings.results import results
 from cachefreeze.timings.variants import Variant
 
@@ -92,6 +94,20 @@ def test_json_is_one_object_and_the_plot_a_picture(capfd, tmp_path, weights):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_prefix_is_the_tiers_alone(capfd, weights):
+    """An optimized prefix makes their rows; what they are compared with runs the exact one."""
+    status, out, err = run(capfd, *SMALL, *weights, "--prefix", "optimized", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["config"]["prefix"] == "optimized"
+    made = []
+    timed = replace(job(), prefix="optimized")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "Engine", lambda *args, **options: made.append(options) or Engine(*args, **options))
+        for name, store in (("live", "off"), ("frozen", "off"), ("host", "host")):
+            variants.through_engine(timed, name, store).close()
+    assert [options["prefix"] for options in made] == ["exact", "exact", "optimized"]
+
+
 def test_what_a_pretraining_says_is_no_result(capfd):
     """The digits' own network says that it is pretrained; with --json a script reads stdout."""
     status, out, err = run(capfd, "--device", "cpu", "--samples", 8, "--rounds", 1, "--json")
@@ -165,14 +181,14 @@ def told(seconds, *, setup=0.0, fill=None):
 def test_figures_from_times():
     """Medians; ratios within a round; a break-even once setup and fill are earned back; never if nothing is saved."""
     timed = job(epochs=4)
-    variants = {
+    timings = {
         "frozen": told([2.0, 10.0, 2.0]),
         "host": told([1.0, 5.0, 1.2], setup=3.0, fill=2.5),
         "hdf5": told([2.0, 10.0, 3.0], setup=3.0, fill=2.5),
         "cheap": told([1.0, 1.0, 1.0], fill=2.0),
         "ceiling": told([0.5, 2.5, 0.5]),
     }
-    rows = results(timed, split(timed.frozen, torch.rand(3, 3, 8, 8)), variants, None)["variants"]
+    rows = results(timed, split(timed.frozen, torch.rand(3, 3, 8, 8)), timings, None)["variants"]
     assert rows["host"]["median_seconds"] == 1.2
     assert rows["host"]["to_frozen"] == 0.5
     assert rows["host"]["to_ceiling"] == 2.0

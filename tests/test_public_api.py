@@ -90,6 +90,7 @@ def test_command_line_options():
             "--rounds",
             "--fills",
             "--epochs",
+            "--prefix",
             "--cache-dir",
             "--json",
             "--plot",

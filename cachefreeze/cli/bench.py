@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=job.positive, default=5, metavar="N", help="epochs of each (default 5)")
     parser.add_argument("--fills", type=job.positive, default=1, metavar="N", help="fills of each tier (default 1)")
     parser.add_argument("--epochs", type=job.positive, default=10, metavar="N", help="of the totals (default 10)")
+    job.add_prefix(parser)
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="of the hdf5 tier, emptied afterwards (default: temporary)"
     )
@@ -86,6 +87,7 @@ def job_of(args: argparse.Namespace) -> Job:
         fills=args.fills,
         epochs=args.epochs,
         folder=args.cache_dir,
+        prefix=args.prefix,
         facts={
             "model": name,
             "weights": Path(args.weights).name if args.weights else None,

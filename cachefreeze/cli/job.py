@@ -96,12 +96,7 @@ def add_arguments(
     parser.add_argument(
         "--cache-dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: lossless"
     )
-    parser.add_argument(
-        "--prefix",
-        choices=("exact", "optimized", "optimized:bfloat16", "optimized:float16"),
-        default="exact",
-        help="optimized: rows from a faster copy of the frozen part, within a tolerance (default exact)",
-    )
+    add_prefix(parser)
     parser.add_argument(
         "--variants", type=draws, metavar="K", help="augment the training images, and cache K draws of each"
     )
@@ -121,6 +116,16 @@ def add_frozen(parser: argparse.ArgumentParser, *, scheduled: bool = False) -> N
         schedules.add_options(parser)
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+
+
+def add_prefix(parser: argparse.ArgumentParser) -> None:
+    """The option that says how rows are made."""
+    parser.add_argument(
+        "--prefix",
+        choices=("exact", "optimized", "optimized:bfloat16", "optimized:float16"),
+        default="exact",
+        help="optimized: rows from a faster copy of the frozen part, within a tolerance (default exact)",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from cachefreeze.splitting import Parts
 from cachefreeze.timings.variants import Job, Variant
 
 SCHEMA = 1
+_OPTIONS = ("batch_size", "workers", "seed", "rounds", "fills", "epochs", "prefix")
 
 
 def results(job: Job, parts: Parts, variants: Mapping[str, Variant], load_before: list[float] | None) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def results(job: Job, parts: Parts, variants: Mapping[str, Variant], load_before
             **job.facts,
             "train_from": parts.boundary.name,
             "samples": len(job.samples),
-            **{name: getattr(job, name) for name in ("batch_size", "workers", "seed", "rounds", "fills", "epochs")},
+            **{name: getattr(job, name) for name in _OPTIONS},
             "device": str(job.device),
         },
         "split": {

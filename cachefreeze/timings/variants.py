@@ -36,6 +36,7 @@ class Job:
         fills: How often each tier is filled afresh.
         epochs: What the totals are of.
         folder: Where the HDF5 tier writes; the system's folder for temporary files by default.
+        prefix: How the tiers make rows, as for the engine; the ceiling's are exact.
         facts: What the results say about the job beside these numbers.
     """
 
@@ -50,6 +51,7 @@ class Job:
     fills: int = 1
     epochs: int = 10
     folder: Path | None = None
+    prefix: str = "exact"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -117,7 +119,7 @@ def through_engine(job: Job, name: str, store: str) -> Variant:
     """``live``, ``frozen`` or a tier: the loop that a user writes."""
     model, loader = copy.deepcopy(job.live if name == "live" else job.frozen), job.loader()
     began = time.perf_counter()
-    engine = Engine(model, store)
+    engine = Engine(model, store, prefix="exact" if store == "off" else job.prefix)
     batches = engine.loader(loader)
     seconds = time.perf_counter() - began
     clock = engine.epochs(sys.maxsize)
