@@ -158,10 +158,12 @@ def table(found: dict[str, Any]) -> str:
         losses = row["losses"]
         shown = [f"{losses[i]:.4f}" if len(losses) > i else "-" for i in (0, 2, config["epochs"] - 1)]
         low, high = row["total_spread"]
+        # of a few epochs, it would stand beside that of all
+        val_accuracy = f"{row['val_accuracy']:.1%}" if len(losses) in (0, config["epochs"]) else "-"
         lines.append(
             f"{name:34}{row['total_seconds']:9.2f}{low:8.2f}{high:8.2f}{_text(row['total_to_baseline']):>7}"
             f"{row['setup_seconds']:9.2f}{1e3 * row['epoch_seconds']:10.2f}{_text(row['epoch_to_baseline']):>8}"
-            f"{shown[0]:>9}{shown[1]:>8}{shown[2]:>8}{row['val_accuracy']:9.1%}{row['peak_bytes'] / 1e9:9.2f}"
+            f"{shown[0]:>9}{shown[1]:>8}{shown[2]:>8}{val_accuracy:>9}{row['peak_bytes'] / 1e9:9.2f}"
         )
     return "\n".join([*lines, *(f"left out: {name} ({why})" for name, why in found["left_out"].items())])
 
@@ -242,7 +244,11 @@ def main() -> int:
         options = ("data", "weights", "cut", "image_size", "samples", "batch_size", "epochs")
         job = Job(**{name: getattr(args, name) for name in options})
         take_turns(job, [name for name in able if name not in left_out], args.rounds, args.lines, args.budget)
-    found = results(read(args.lines), left_out)
+    lines = read(args.lines)
+    if not lines:
+        print(f"rivals.py: error: {args.lines} holds no run yet; run without --report first", file=sys.stderr)
+        return 2
+    found = results(lines, left_out)
     print(table(found))
     if args.plot is not None:
         draw(found, args.plot)
