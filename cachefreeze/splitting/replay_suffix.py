@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
+from cachefreeze.fingerprint import BOOKKEEPING
 from cachefreeze.listed import SampleLists, example_of
-from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.boundary import BoundaryTensor, Site, Uncopied
 from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import Plan, input_name
 from cachefreeze.splitting.replay_prefix import Numbers
@@ -45,7 +46,7 @@ class _Pass:
         self.checkpointed = False
 
 
-class ReplaySuffix(nn.Module):
+class ReplaySuffix(Uncopied, nn.Module):
     """Rows -> the model's output, by its own forward. It has no mode of its own: it follows the model's modules."""
 
     def __init__(
@@ -63,7 +64,7 @@ class ReplaySuffix(nn.Module):
         self._called = Counter(name for name, _ in planned.closed)
         forwards: dict[str, Rewrite] = {name: self._stub(name) for name in names}
         arguments = {place[3]: i for place, i in self._places.items() if place[0] == "argument"}
-        if arguments:
+        if site.first_call is not None:
             known = site.known_as
             self._called["\0boundary"] = sum(call.name == known for call in site.usage.calls)
             forwards[known] = self._boundary(arguments, forwards.get(known))
@@ -77,6 +78,8 @@ class ReplaySuffix(nn.Module):
             if id(original) in stubs:
                 made.training = False
         self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
+        # a compiled forward follows those of Python's own plain types, which it guards by value
+        self._traced = [(m, o, [n for n, v in vars(o).items() if _is_plain(n, v)]) for m, o, _, _ in self._open]
         self._children = [
             (original, dict(original._modules), type(original), vars(original).get("forward"))
             for _, original in self._copied
@@ -163,8 +166,10 @@ class ReplaySuffix(nn.Module):
 
     def _follow_attributes(self) -> None:
         if torch.compiler.is_compiling():
-            for made, original, _, _ in self._open:
+            for made, original, names in self._traced:
                 made.training = original.training
+                for name in names:
+                    setattr(made, name, getattr(original, name))
             return
         for made, original, children, forward in self._open:
             own = made.__dict__
@@ -177,6 +182,9 @@ class ReplaySuffix(nn.Module):
     def _hand_attributes_back(self) -> None:
         """What the forward wrote on its modules (a counter, a list of losses) belongs to the model."""
         if torch.compiler.is_compiling():
+            for made, original, names in self._traced:
+                for name in names:
+                    setattr(original, name, getattr(made, name))
             return
         for made, original, _, _ in self._open:
             own, theirs = made.__dict__, original.__dict__
@@ -296,6 +304,11 @@ class ReplaySuffix(nn.Module):
             return forward
 
         return make
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is one that a forward reads as a number, a flag or a word."""
+    return name not in BOOKKEEPING and "hook" not in name and isinstance(value, bool | int | float | str | None)
 
 
 def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode, preserved_state
+from cachefreeze.splitting.boundary import Uncopied
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cachefreeze.splitting import Parts
 
 
-class Segment(nn.Module):
+class Segment(Uncopied, nn.Module):
     """What lies between two boundaries: the model's own forward, from the rows of one to the rows of the other.
 
     Shapes:
