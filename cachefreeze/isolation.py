@@ -230,13 +230,14 @@ class _Drawing:
 
 
 _Content = _Holding | _Drawing
+_PLAIN = (bool, int, float, str, bytes, Tensor)
 # What has a __dict__ that no forward is expected to write, or that is kept elsewhere.
 _NOT_LOOKED_INTO = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
 
 
 def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
     """Every container and generator in a value; of an object, the dict of its attributes."""
-    if not depth or id(value) in seen:
+    if not depth or value is None or isinstance(value, _PLAIN) or id(value) in seen:
         return
     if isinstance(value, GENERATORS):
         seen.add(id(value))

@@ -46,7 +46,7 @@ class FxExecutor:
 
     def cut(self, site: Site, example: Example) -> Cut:
         """Propose a prefix and a suffix; raises SplitError where the model cannot be traced or the cut not made."""
-        tracing = _Tracing(site, example)
+        tracing = Tracing(site, example)
         with site.mode(train=True):
             train = tracing.graph()
         with site.mode(train=False):
@@ -61,7 +61,7 @@ class FxExecutor:
         raise refusals[0]
 
     def _cut_at(
-        self, end: int, site: Site, example: Example, tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph
+        self, end: int, site: Site, example: Example, tracing: Tracing, train: fx.Graph, evaluate: fx.Graph
     ) -> Cut:
         crossing = sorted(_crossing(train, end) | _crossing(evaluate, end))
         prefix_graph = _prefix_graph(evaluate, end, crossing)
@@ -208,7 +208,7 @@ def plain_attributes(modules: tuple[nn.Module, ...]) -> str:
     )
 
 
-class _Tracing:
+class Tracing:
     """Traces the model with everything but the boundary's surroundings as leaves."""
 
     def __init__(self, site: Site, example: Example) -> None:
@@ -239,6 +239,7 @@ class _Tracing:
         self.trainable = {id(p) for n, p in parameters.items() if p.requires_grad and n not in site.frozen}
 
     def open_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that are traced through."""
         return tuple(self.site.model.get_submodule(name) for name in self.opened)
 
     def graph(self) -> fx.Graph:
@@ -299,7 +300,7 @@ class _Tracing:
         raise SplitError(f"fx: the traced forward of {type(model).__name__} never reaches {self.site.name!r}")
 
 
-def _common_end(tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
+def _common_end(tracing: Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
     """Where the prefix ends in both graphs, after the parameter-free tail; both must agree up to there."""
     nodes = [list(graph.nodes) for graph in (train, evaluate)]
     end = min(tracing.end(train), tracing.end(evaluate))

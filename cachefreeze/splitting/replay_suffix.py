@@ -56,6 +56,7 @@ class ReplaySuffix(Uncopied, nn.Module):
         self.plan = planned
         self._places = {place: i for i, place in enumerate(planned.kept)}
         self._pass: _Pass | None = None
+        self._has_gradients: bool | None = None  # at the boundary, in the verification's training step
         # the backward that runs, and the passes whose outputs it has come to
         self._backward: tuple[int, list[weakref.ref[_Pass]]] = (-1, [])
         self._bad_values: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -199,6 +200,17 @@ class ReplaySuffix(Uncopied, nn.Module):
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         current.checkpointed = current.grad and (hooked or not torch.is_grad_enabled())
 
+    def _watch_gradients(self, *, always: bool) -> None:
+        """Raise where the boundary runs without gradients, unless the model itself has it so from the beginning."""
+        enabled = torch.is_grad_enabled()
+        if self._has_gradients is None:
+            self._has_gradients = enabled
+        if not enabled and (always or self._has_gradients):
+            raise SplitError(
+                "replay: the boundary runs without gradients inside reentrant activation checkpointing, and rows need "
+                "none, so nothing in it would be trained; checkpoint with use_reentrant=False"
+            )
+
     def _expect_backward(self, current: _Pass, output: Any) -> None:
         def begin(_gradient: Tensor) -> None:
             task = torch._C._current_graph_task_id()
@@ -289,11 +301,8 @@ class ReplaySuffix(Uncopied, nn.Module):
                 else:
                     number = current.numbers.next("\0boundary")
                     self._watch_checkpointing(current)
-                if current.grad and not torch.is_grad_enabled():
-                    raise SplitError(
-                        "replay: the boundary runs without gradients inside reentrant activation checkpointing, and "
-                        "rows need none, so nothing in it would be trained; checkpoint with use_reentrant=False"
-                    )
+                if current.grad:
+                    self._watch_gradients(always=bool(arguments))
                 if number == 0:
                     leaves, tree = pytree.tree_flatten((args, kwargs))
                     for at, row in arguments.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode, preserved_state
 from cachefreeze.splitting.boundary import Uncopied
+from cachefreeze.splitting.fx_segment import fx_segment
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -62,7 +63,7 @@ class Segment(Uncopied, nn.Module):
         return values[0] if len(values) == 1 else values
 
 
-def make_segment(shallower: Parts, deeper: Parts) -> Segment:
+def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
     """A verified segment.
 
     Raises:
@@ -79,7 +80,7 @@ def make_segment(shallower: Parts, deeper: Parts) -> Segment:
         )
     if example.beside:
         raise SplitError("segment_to(): a detector's rows go with the lists of their batch; fill the deeper boundary")
-    segment = Segment(shallower, deeper)
+    segment = _between(shallower, deeper)
     for count in (2, 3):
         some = example.take([i % example.batch for i in range(count)])
         rows = [row.clone() for row in _rows(some.fresh().call(shallower.prefix))]
@@ -92,8 +93,23 @@ def make_segment(shallower: Parts, deeper: Parts) -> Segment:
     return segment
 
 
+<<<<<<< HEAD
 def plan_of(parts: Parts) -> Plan:
     """What a replay of a split keeps, whichever executor made the split."""
+=======
+def _between(shallower: Parts, deeper: Parts) -> nn.Module:
+    """One graph where both cuts were traced; else, and where no graph leads from one to the other, a replay."""
+    if shallower.executor == deeper.executor == "fx":
+        (site, example), (end, _) = shallower.origin, deeper.origin
+        some = example.take([0, 1])
+        made = [[row.clone() for row in _rows(some.fresh().call(parts.prefix))] for parts in (shallower, deeper)]
+        with suppress(SplitError):
+            return fx_segment(site, end, some, *made)
+    return Segment(shallower, deeper)
+
+
+def _plan(parts: Parts) -> Plan:
+>>>>>>> 8f97adf (Segments between traced splits are one graph; CacheManager.of splits on ragged loaders; float64 cuts are held against their own minimum)
     return parts.suffix.plan if isinstance(parts.suffix, ReplaySuffix) else plan(*parts.origin)
 
 
