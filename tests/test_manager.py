@@ -484,7 +484,6 @@ def test_a_file_that_another_process_is_creating_is_waited_for(tmp_path):
     assert len(list(tmp_path.glob("*.h5"))) == 1
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("store", ["host", "hdf5"])
 def test_engines_share_stores(store, tmp_path):
     """Two engines over equal prefixes compute each row once between them, and train as each would alone."""
@@ -543,7 +542,8 @@ def test_rows_of_another_prefix_are_not_shared():
         cf.Engine(model, first.cache).loader(DataLoader(make_data(24), 8))
     with pytest.raises(UsageError, match="needs a store for every boundary"):
         cf.Engine(make_model(), first.cache, schedule=cf.FreezeOut())
-=======
+
+
 def test_of_splits_on_the_loaders_samples(tmp_path):
     """``CacheManager.of`` is split and manager in one, for samples of one length as well."""
     torch.manual_seed(0)
@@ -557,4 +557,3 @@ def test_of_splits_on_the_loaders_samples(tmp_path):
     (rows, _), (x, _) = next(iter(loader)), next(iter(batches))
     assert torch.allclose(manager.parts.suffix(*rows.tensors), model(x), atol=1e-2)
     manager.close()
->>>>>>> 8f97adf (Segments between traced splits are one graph; CacheManager.of splits on ragged loaders; float64 cuts are held against their own minimum)

@@ -93,10 +93,6 @@ def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
     return segment
 
 
-<<<<<<< HEAD
-def plan_of(parts: Parts) -> Plan:
-    """What a replay of a split keeps, whichever executor made the split."""
-=======
 def _between(shallower: Parts, deeper: Parts) -> nn.Module:
     """One graph where both cuts were traced; else, and where no graph leads from one to the other, a replay."""
     if shallower.executor == deeper.executor == "fx":
@@ -108,8 +104,8 @@ def _between(shallower: Parts, deeper: Parts) -> nn.Module:
     return Segment(shallower, deeper)
 
 
-def _plan(parts: Parts) -> Plan:
->>>>>>> 8f97adf (Segments between traced splits are one graph; CacheManager.of splits on ragged loaders; float64 cuts are held against their own minimum)
+def plan_of(parts: Parts) -> Plan:
+    """What a replay of a split keeps, whichever executor made the split."""
     return parts.suffix.plan if isinstance(parts.suffix, ReplaySuffix) else plan(*parts.origin)
 
 
