@@ -79,7 +79,7 @@ class FxExecutor:
         return Cut(prefix, suffix, tuple(recipe.tensors))
 
 
-class Prefix(Uncopied, nn.Module):
+class Prefix(nn.Module):
     """Raw inputs -> boundary activations, without gradients and in eval mode; modes are put back afterwards."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
