@@ -125,8 +125,10 @@ def _is_stack(module: nn.Module) -> bool:
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     if not children:
         return False
-    if all(isinstance(child, nn.Sequential) for child in children) and len(children) > 1:
+    if all(isinstance(child, CONTAINERS) for child in children) and len(children) > 1:
         return all(_is_stack(child) for child in children)
+    if isinstance(module, nn.ModuleList) and len(children) > 1 and all(_opens(child) for child in children):
+        return True  # stages of different kinds
     alike = len({type(child) for child in children}) == 1
     return alike and not isinstance(children[0], CONTAINERS) and all(_weight_layers(child) > 1 for child in children)
 

@@ -25,14 +25,14 @@ from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
 from cachefreeze.judging import Judgement, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
-from cachefreeze.manager import CacheManager, next_name
+from cachefreeze.manager import CacheManager, next_name, split_on
 from cachefreeze.measuring import measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule, Stages
-from cachefreeze.splitting import Parts, blocks, split, split_padded
+from cachefreeze.splitting import Parts, blocks, split
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
@@ -224,11 +224,7 @@ class Engine:
                 if not self._judged.pays:
                     return PassingLoader(dataloader, model_device(self.model), "frozen")
             with autocast(model_device(self.model), self._autocast):
-                if seen.ragged is None:
-                    self.parts = split(self.model, example)
-                else:
-                    batches = seen.padded_batches(model_device(self.model))
-                    self.parts = split_padded(self.model, batches, seen.layout.input_names)
+                self.parts = split_on(self.model, seen)
             self.cache = self._manager(self.parts, None)
         self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
         return self._cached[-1]

@@ -120,8 +120,8 @@ def format_of(parts: Parts, view: View, dtype: str | torch.dtype | None) -> RowF
     if not parts.padded:
         raise LoaderError(
             f"the samples of this loader have different lengths ({'; '.join(a.name for a in view.ragged.axes)}), but "
-            "the model was split for samples of one length: let the Engine split it, and give it a loader with "
-            "different lengths first"
+            "the model was split for samples of one length: let the Engine or "
+            "CacheManager.of(model, loader) split it, and give it a loader with different lengths first"
         )
     if parts.inputs != view.layout.input_names:
         raise LoaderError(

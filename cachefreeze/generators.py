@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cachefreeze.fingerprint import digest
+from cachefreeze.isolation import GENERATORS, generator_state, set_generator_state
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # A walk this deep has left what a dataset or transform is made of.
 _MAX_DEPTH = 8
 # Of a long list of like items (file names, labels) the first are looked into.
@@ -33,7 +33,7 @@ def generators_of(value: Any, name: str) -> list[tuple[str, Any]]:
 
 def state_of(generator: Any) -> str:
     """Equal for equal states of one generator."""
-    return digest(_get(generator))
+    return digest(generator_state(generator))
 
 
 @contextmanager
@@ -46,12 +46,12 @@ def preserved_generators(*values: Any) -> Iterator[None]:
 @contextmanager
 def preserved_states(generators: Sequence[Any]) -> Iterator[None]:
     """Whatever is drawn inside from some generators, their states are as before on exit."""
-    states = [_get(generator) for generator in generators]
+    states = [generator_state(generator) for generator in generators]
     try:
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
-            _set(generator, state)
+            set_generator_state(generator, state)
 
 
 def seed_generator(generator: Any, seed: int) -> None:
@@ -64,32 +64,11 @@ def seed_generator(generator: Any, seed: int) -> None:
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
 
 
-def _get(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return generator.bit_generator.state
-
-
-def _set(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
-    else:
-        generator.bit_generator.state = state
-
-
 def _walk(found: list[tuple[str, Any]], value: Any, name: str, depth: int, seen: set[int]) -> None:
     if depth > _MAX_DEPTH or value is None or isinstance(value, _CONTENT) or id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, _KINDS):
+    if isinstance(value, GENERATORS):
         if not isinstance(value, random.SystemRandom):  # which has no state
             found.append((name, value))
         return
@@ -124,5 +103,5 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         with suppress(ValueError):  # not bound yet
             yield name, cell.cell_contents
     for name in function.__code__.co_names:
-        if isinstance(function.__globals__.get(name), _KINDS):
+        if isinstance(function.__globals__.get(name), GENERATORS):
             yield name, function.__globals__[name]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 import random
+import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -122,16 +127,55 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                         module._buffers[name] = None
 
 
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of one of the GENERATORS."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put the state of one of the GENERATORS back."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
 class Attributes:
-    """The plain attributes of some modules: all but weights, buffers, children and modes."""
+    """The plain attributes of some modules: all but weights, buffers, children and modes.
+
+    Lists, dicts, sets, objects with attributes of their own (a meter) and random generators are looked into.
+    """
 
     _APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, list[tuple[Any, Any]]]]] = []
+        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, list[_Content]]]] = []
+        seen: set[int] = set()  # a configuration is shared by every layer
         for name, module in modules:
             own = {key: value for key, value in vars(module).items() if key not in self._APART}
-            self._kept.append((name, module, own, {key: _contents(value) for key, value in own.items()}))
+            self._kept.append((name, module, own, {key: list(_contents(value, seen)) for key, value in own.items()}))
+
+    def drawn(self) -> list[str]:
+        """Dotted names of the attributes whose random generator was drawn from."""
+        return [
+            f"{name}.{key}".lstrip(".")
+            for name, _, _, contents in self._kept
+            for key, found in contents.items()
+            if any(isinstance(content, _Drawing) and content.changed() for content in found)
+        ]
 
     def changed(self) -> list[str]:
         """Dotted names of the attributes that were bound anew, or whose list, dict or set holds something else."""
@@ -140,7 +184,7 @@ class Attributes:
             for name, module, own, contents in self._kept
             for key in sorted((vars(module).keys() | own.keys()) - self._APART)
             if vars(module).get(key, self) is not own.get(key, self)
-            or not all(_same_items(now, before) for now, before in contents.get(key, ()))
+            or any(content.changed() for content in contents.get(key, ()))
         ]
 
     def restore(self) -> None:
@@ -150,18 +194,66 @@ class Attributes:
             for key in state.keys() - own.keys() - self._APART:
                 del state[key]
             state.update(own)
-            for now, before in (pair for pairs in contents.values() for pair in pairs):
-                if not _same_items(now, before):
-                    now.clear()
-                    (now.extend if isinstance(before, list | deque) else now.update)(before)
+            for content in (content for found in contents.values() for content in found):
+                if content.changed():
+                    content.restore()
 
 
-def _contents(value: Any, depth: int = 3) -> list[tuple[Any, Any]]:
-    """Every list, dict and set in a value, and a copy of what it holds."""
-    if not isinstance(value, list | dict | set | deque) or not depth:
-        return []
-    inner = value.values() if isinstance(value, dict) else value
-    return [(value, copy.copy(value)), *(pair for item in inner for pair in _contents(item, depth - 1))]
+class _Holding:
+    """A list, dict or set, and what it held."""
+
+    def __init__(self, container: Any) -> None:
+        self._now, self._before = container, copy.copy(container)
+
+    def changed(self) -> bool:
+        return not _same_items(self._now, self._before)
+
+    def restore(self) -> None:
+        self._now.clear()
+        (self._now.extend if isinstance(self._before, list | deque) else self._now.update)(self._before)
+
+
+class _Drawing:
+    """A random generator and its state."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator, self._state = generator, generator_state(generator)
+
+    def changed(self) -> bool:
+        now = generator_state(self._generator)
+        if isinstance(now, Tensor):
+            return not torch.equal(now, self._state)
+        return pickle.dumps(now) != pickle.dumps(self._state)
+
+    def restore(self) -> None:
+        set_generator_state(self._generator, self._state)
+
+
+_Content = _Holding | _Drawing
+_PLAIN = (bool, int, float, str, bytes, Tensor)
+# What has a __dict__ that no forward is expected to write, or that is kept elsewhere.
+_NOT_LOOKED_INTO = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
+
+
+def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
+    """Every container and generator in a value; of an object, the dict of its attributes."""
+    if not depth or value is None or isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    if isinstance(value, GENERATORS):
+        seen.add(id(value))
+        yield _Drawing(value)
+        return
+    if not isinstance(value, list | dict | set | deque | tuple):
+        value = None if isinstance(value, _NOT_LOOKED_INTO) else getattr(value, "__dict__", None)
+        if not isinstance(value, dict):
+            return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if not isinstance(value, tuple):
+        yield _Holding(value)
+    for item in list(value.values() if isinstance(value, dict) else value):
+        yield from _contents(item, seen, depth - 1)
 
 
 def _same_items(now: Any, before: Any) -> bool:
@@ -173,6 +265,64 @@ def _same_items(now: Any, before: Any) -> bool:
     if isinstance(before, set):
         return {id(item) for item in now} == {id(item) for item in before}
     return all(a is b for a, b in zip(now, before, strict=True))
+
+
+class WrittenParameters(TorchFunctionMode):
+    """Knows the parameters that a forward writes (an ``Embedding`` with ``max_norm``), and what they were before.
+
+    Only after an operation it shows that it wrote, so a parameter is copied for the time of every operation on it: for
+    one forward alone. What is written through ``.data`` shows at the end.
+    """
+
+    def __init__(self, apart: Collection[str] = ()) -> None:
+        super().__init__()
+        self._apart = apart  # operations that ask for a shape or a dtype
+        self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation(func)
+        known = []
+        if name not in self._apart:
+            given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
+            with torch._C.DisableTorchFunction():
+                known = [
+                    (p, p._version, p.detach().clone())
+                    for p in given
+                    if id(p) not in self._before and not isinstance(p, nn.UninitializedParameter)
+                ]
+        result = func(*args, **kwargs)
+        for parameter, version, value in known:
+            if parameter._version != version or name == "data":
+                self._before[id(parameter)] = parameter, value
+        return result
+
+    def restore(self) -> list[nn.Parameter]:
+        """Put them back; the parameters that were written."""
+        written = [(p, value) for p, value in self._before.values() if not torch.equal(p.detach(), value)]
+        with torch.no_grad():
+            for parameter, value in written:
+                parameter.copy_(value)
+        return [parameter for parameter, _ in written]
+
+
+@contextmanager
+def preserved_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whatever is written into some parameters inside, their values are as before on exit."""
+    kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                if not torch.equal(parameter.detach(), value):
+                    parameter.copy_(value)
+
+
+def operation(func: Any) -> str:
+    """The name of what a TorchFunctionMode intercepted: of the attribute, when it is a property's getter."""
+    name = str(getattr(func, "__name__", ""))
+    return str(getattr(getattr(func, "__self__", None), "__name__", "")) if name == "__get__" else name
 
 
 @contextmanager

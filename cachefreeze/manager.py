@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
@@ -15,9 +16,10 @@ from cachefreeze.inference import Optimized
 from cachefreeze.loader import CachedLoader, NumericMode, check_loader
 from cachefreeze.optimized import prefix_of
 from cachefreeze.promotion import PromotedRows
-from cachefreeze.rows import FillReport, StoredRows, forward_arguments
+from cachefreeze.rows import FillReport, StoredRows, forward_arguments, model_device
+from cachefreeze.rows import autocast as under_autocast
 from cachefreeze.samples import View
-from cachefreeze.splitting import Parts
+from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.stores import BadRow, Store
 from cachefreeze.stores.opening import for_another
 from cachefreeze.stores.removal import remove_cache
@@ -61,6 +63,43 @@ class CacheManager:
         self._where: str | Store = for_another(store._where) if isinstance(store, CacheManager) else store
         self._prefix = prefix_of(parts, NumericMode(autocast), dtype, prefix)
         self._rows: dict[str, StoredRows] = {}
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        dataloader: DataLoader[Any],
+        store: str | Store = "auto",
+        *,
+        inputs: Inputs = None,
+        view: Any = None,
+        assume_deterministic: bool = False,
+        autocast: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> CacheManager:
+        """Split a frozen model on the samples of a DataLoader, also where these have different lengths.
+
+        Args:
+            model: Frozen; the boundary is read from ``requires_grad``.
+            dataloader: Give it, and others with the same collate function, to :meth:`loader` afterwards.
+            store: As of the class.
+            inputs: As of :meth:`loader`.
+            view: As of :meth:`loader`.
+            assume_deterministic: As of :meth:`loader`.
+            autocast: As of the class.
+            dtype: As of the class.
+
+        Raises:
+            FreezeError, SplitError, BatchDependentError: As of :func:`cachefreeze.split`.
+            LoaderError, FieldError, RandomSampleError: The loader cannot be cached.
+        """
+        check_loader(dataloader)
+        seen = View.of(
+            dataloader, forward_arguments(model), inputs=inputs, view=view, assume_deterministic=assume_deterministic
+        )
+        with under_autocast(model_device(model), autocast):
+            parts = split_on(model, seen)
+        return cls(parts, store, autocast=autocast, dtype=dtype)
 
     def loader(
         self,
@@ -229,6 +268,14 @@ class CacheManager:
                 held.store.close()
         self._prefix.release()
         self._rows.clear()
+
+
+def split_on(model: nn.Module, view: View) -> Parts:
+    """Split a frozen model on some of the samples that are to be cached."""
+    device = model_device(model)
+    if view.ragged is None:
+        return split(model, view.example().to(device))
+    return split_padded(model, view.padded_batches(device), view.layout.input_names)
 
 
 def next_name(taken: Iterable[str]) -> str:

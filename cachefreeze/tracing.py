@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import UsageError
-from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.isolation import (
+    WrittenParameters,
+    eval_mode,
+    operation,
+    preserved_random_state,
+    preserved_state,
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,13 @@ class Usage:
         calls: Module calls in order of their start; a call that encloses others starts before them.
         parameters: Parameter name -> event of its first use; unused parameters are missing.
         source: ``inputs`` (recorded), ``fx`` (traced without inputs) or ``registration`` (a guess).
+        writes: Names of the parameters that a forward in eval mode writes (an ``Embedding`` with ``max_norm``).
     """
 
     calls: tuple[Call, ...]
     parameters: dict[str, int]
     source: Literal["inputs", "fx", "registration"]
+    writes: tuple[str, ...] = ()
     _first: dict[str, Call] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -265,13 +273,23 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: events.enter(n), prepend=True))
         handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: events.leave(n)))
+    written = WrittenParameters(METADATA)
     try:
-        with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad(), _Parameters():
+        with (
+            preserved_random_state(),
+            preserved_state(model),
+            eval_mode(model),
+            torch.no_grad(),
+            _Parameters(),
+            written,
+        ):
             inputs.fresh().call(model)
     finally:
         for handle in handles:
             handle.remove()
-    return events.usage("inputs")
+        found = {id(parameter) for parameter in written.restore()}
+    usage = events.usage("inputs")
+    return replace(usage, writes=tuple(name for name, p in model.named_parameters() if id(p) in found))
 
 
 def _refuse_padded_images(model: nn.Module) -> None:
@@ -346,12 +364,6 @@ def attribute(model: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def operation(func: Any) -> str:
-    """The name of what a TorchFunctionMode intercepted: of the attribute, when it is a property's getter."""
-    name = str(getattr(func, "__name__", ""))
-    return str(getattr(getattr(func, "__self__", None), "__name__", "")) if name == "__get__" else name
 
 
 class _Events:

@@ -161,3 +161,62 @@ def test_modules_without_weights_and_unused_modules_are_no_blocks():
     spare = ShapesCross()
     spare.unused = nn.Linear(2, 2)
     assert names(cf.blocks(spare)) == ["stem", "mid"]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+
+class Stage(nn.Module):
+    """Layers in a list behind a projection; a second class, for hierarchies whose stages are of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x):
+        x = self.project(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class OtherStage(Stage):
+    pass
+
+
+class Hierarchy(nn.Module):
+    """A body that holds its stages as lists of layers, or as modules of different kinds."""
+
+    def __init__(self, *, lists: bool) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.stages = nn.ModuleList(
+            [nn.ModuleList([Layer(), Layer()]) for _ in range(2)] if lists else [Stage(), OtherStage()]
+        )
+        self.body.forward = self.run
+        self.head = nn.Linear(4, 2)
+
+    def run(self, x):
+        for stage in self.body.stages:
+            for layer in stage if isinstance(stage, nn.ModuleList) else [stage]:
+                x = layer(x)
+        return x
+
+    def forward(self, x):
+        return self.head(self.run(x))
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_stages_of_a_hierarchy_open(lists):
+    """PVT and PoolFormer hold lists of lists; where stages are of two kinds, their layers are the blocks too."""
+    listed = [block.name for block in cf.blocks(Hierarchy(lists=lists), torch.randn(2, 4))]
+    layers = "body.stages.{}.{}" if lists else "body.stages.{}.layers.{}"
+    assert {layers.format(stage, layer) for stage in range(2) for layer in range(2)} <= set(listed)
+    assert listed[-1] == "head"

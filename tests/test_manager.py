@@ -542,3 +542,18 @@ def test_rows_of_another_prefix_are_not_shared():
         cf.Engine(model, first.cache).loader(DataLoader(make_data(24), 8))
     with pytest.raises(UsageError, match="needs a store for every boundary"):
         cf.Engine(make_model(), first.cache, schedule=cf.FreezeOut())
+
+
+def test_of_splits_on_the_loaders_samples(tmp_path):
+    """``CacheManager.of`` is split and manager in one, for samples of one length as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    cf.freeze(model, "2")
+    batches = DataLoader(TensorDataset(torch.randn(6, 4), torch.arange(6)), 3)
+    manager = cf.CacheManager.of(model, batches, f"hdf5:{tmp_path}", dtype="float16")
+    loader = manager.loader(batches)
+    manager.fill(loader)
+    assert manager.parts.boundary.name == "2"
+    (rows, _), (x, _) = next(iter(loader)), next(iter(batches))
+    assert torch.allclose(manager.parts.suffix(*rows.tensors), model(x), atol=1e-2)
+    manager.close()

@@ -416,10 +416,26 @@ def test_a_second_loader_gives_the_model_the_same_inputs():
         engine.loader(DataLoader(Texts(9), 4, collate_fn=Pad(labels="")))
 
 
+def test_a_manager_alone_splits_samples_of_different_lengths():
+    """Without an engine: the split is of the loader's samples, and rows give the model's own loss and logits."""
+    model = frozen(RIGHT).eval()
+    batches = DataLoader(Texts(), 5, collate_fn=Pad())
+    manager = cf.CacheManager.of(model, batches, "host")
+    loader = manager.loader(batches)
+    for _ in range(2):
+        for batch, given in zip(loader, batches, strict=True):
+            with torch.no_grad():
+                got, wanted = manager.parts.suffix(*batch["ids"].tensors), model(**given)
+            assert got["loss"].item() == pytest.approx(wanted["loss"].item(), rel=1e-5)
+            assert torch.allclose(got["logits"], wanted["logits"], atol=1e-5)
+    assert loader.source == "cached"
+    manager.close()
+
+
 def test_a_split_for_one_length_is_no_split_for_many():
     model = frozen(RIGHT)
     parts = cf.split(model, sample_batch(model, Pad()), "blocks.2")
-    with pytest.raises(errors.LoaderError, match="let the Engine split it"):
+    with pytest.raises(errors.LoaderError, match=r"CacheManager\.of"):
         cf.CacheManager(parts, "host").loader(DataLoader(Texts(), 5, collate_fn=Pad()))
 
 

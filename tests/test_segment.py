@@ -10,6 +10,7 @@ import cachefreeze as cf
 from cachefreeze import splitting
 from cachefreeze.errors import SplitError
 from cachefreeze.splitting import ReplayExecutor
+from cachefreeze.splitting.fx_segment import FxSegment
 from cachefreeze.testing.traps import TRAPS, Dense, Masked, Skip, images, vectors
 from cachefreeze.tracing import Example
 
@@ -87,6 +88,28 @@ class UNet(nn.Module):
 def test_skips_go_along(first, second):
     torch.manual_seed(0)
     assert_segment(UNet(), images(), first, second)
+
+
+class Functional(nn.Module):
+    """Activations and pooling as functions, so that a traced row is another value than a module's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = functional.relu(conv(x), inplace=True)
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize(("first", "second"), [("convs.1", "convs.3"), ("convs.1", "head"), ("convs.3", "head")])
+def test_of_functional_models_by_one_graph(first, second):
+    """Rows behind a function are told by content; the segment is a graph and costs no recording."""
+    torch.manual_seed(0)
+    segment = assert_segment(Functional(), images(), first, second, images()[:2] * 0.5)
+    assert isinstance(segment, FxSegment)
 
 
 def test_of_replayed_and_traced_splits_alike(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cachefreeze as cf
 from cachefreeze import splitting
-from cachefreeze.errors import StaleCacheError
+from cachefreeze.errors import SplitError, StaleCacheError, UsageError
 from cachefreeze.splitting import ReplayExecutor
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.testing.exact import rows_of
@@ -343,6 +344,28 @@ class TestAfter:
                 found.append((output.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
             torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
+    def test_a_compiled_suffix_follows_plain_attributes(self, split):
+        """A scale that is annealed from step to step reaches a compiled suffix as it reaches the model."""
+        model, parts = split
+        model.eval()
+        torch._dynamo.reset()
+        compiled = torch.compile(parts.suffix, fullgraph=True, backend="eager")
+        rows = rows_of(parts, Example.of(sequences()))
+        for scale in (1.0, 0.5, 0.25):
+            model.scale = scale
+            parts.follow()
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(*rows), model(sequences()), rtol=1e-6, atol=1e-6)
+        assert model.scale == 0.25
+
+    @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+    def test_parts_belong_to_their_model(self, split, way):
+        """A copy would run the modules of the model that was split, so it is refused with what to do."""
+        _, parts = split
+        for part in (parts, parts.suffix):  # a traced prefix is a graph of its own
+            with pytest.raises(UsageError, match="Copy the model, and split the copy"):
+                way(part)
+
     def test_the_model_itself_is_untouched(self, executor):
         """Splitting and running the suffix change nothing of the model that a forward would not."""
         model, other = made().train(), made().train()
@@ -353,3 +376,78 @@ class TestAfter:
         assert [type(m) for m in model.modules()] == [type(m) for m in other.modules()]
         assert model.state_dict().keys() == other.state_dict().keys()
         copy.deepcopy(model)
+
+
+class Looked(nn.Module):
+    """Words that the forward itself puts back to length, a generator of its own, and a meter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mid, self.head = nn.Embedding(11, 6, max_norm=0.5), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.own, self.meter = torch.Generator().manual_seed(3), SimpleNamespace(calls=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        z = self.mid(self.words(ids))
+        self.meter.calls += 1
+        return self.head(z + torch.rand(6, generator=self.own))
+
+
+@pytest.mark.parametrize("train_from", ["words", "mid"])
+def test_a_split_leaves_weights_generators_and_objects_as_they_were(train_from):
+    model = Looked()
+    ids = torch.arange(8).view(4, 2)
+    weights, drawn = model.words.weight.detach().clone(), model.own.get_state()
+    cf.freeze(model, train_from, example_inputs=ids)
+    cf.blocks(model, ids)
+    if train_from != "words":
+        parts = cf.split(model, ids)
+        assert torch.equal(model.words.weight, weights)
+        rows = rows_of(parts, Example.of(ids))
+        assert model.meter.calls == 0
+        for count in (1, 2):
+            parts.suffix(*(row.clone() for row in rows))
+            assert model.meter.calls == count
+    else:
+        assert torch.equal(model.words.weight, weights)
+        assert torch.equal(model.own.get_state(), drawn)
+
+
+class Checkpointed(nn.Module):
+    """Layers under activation checkpointing of the kind that its flags say, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.head = nn.Linear(6, 2)
+        self.saving = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=True) if self.saving else layer(x)
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpointing_that_is_switched_on_after_the_split_is_refused(executor):
+    """Rows need no gradient, so the first trained layer would learn nothing: it is said and not done.
+
+    A trace calls the layers themselves: there they learn.
+    """
+    torch.manual_seed(0)
+    model = Checkpointed().train()
+    inputs = torch.randn(4, 6)
+    cf.freeze(model, "layers.1", example_inputs=inputs)
+    parts = cf.split(model, inputs)
+    rows = rows_of(parts, Example.of(inputs))
+    parts.suffix(*rows).sum().backward()
+    assert model.layers[1].weight.grad is not None
+    model.saving = True
+
+    model.zero_grad()
+    parts.follow()
+    if executor == "fx":
+        parts.suffix(*rows).sum().backward()
+        assert all(p.grad is not None for p in model.layers[1].parameters())
+        return
+    with pytest.raises(SplitError, match="reentrant"):
+        parts.suffix(*rows)

@@ -57,7 +57,7 @@ def run_case(case: Case, places: tuple[str, ...]) -> dict[str, Any]:
     except Exception as error:
         return {**result, "cuts": [_cut("all", "", "crash", f"cf.blocks: {_short(error)}", traceback.format_exc())]}
     cuts = [
-        _beyond_rounding(_one(case, model, inputs, place, name, two, three), case, model, inputs, (two, three))
+        _beyond_rounding(_one(case, model, inputs, place, name, two, three), case, model, inputs)
         for place, name in _chosen(_trainable(listed, two, trained), places)
     ]
     return {**result, "blocks": len(listed), "cuts": cuts, "seconds": round(time.perf_counter() - began, 1)}
@@ -84,9 +84,7 @@ def _chosen(listed: list[str], places: tuple[str, ...]) -> list[tuple[str, str]]
     return list(found.items())
 
 
-def _beyond_rounding(
-    found: dict[str, Any], case: Case, model: nn.Module, inputs: Any, recorded: tuple[Recording, Recording]
-) -> dict[str, Any]:
+def _beyond_rounding(found: dict[str, Any], case: Case, model: nn.Module, inputs: Any) -> dict[str, Any]:
     """What is wrong or refused is tried again in float64.
 
     A deep network of random weights amplifies one unit in the last place to any size: in float32 its rows differ by
@@ -95,10 +93,10 @@ def _beyond_rounding(
     if found["status"] not in ("silent", "refused"):
         return found
     exact = replace(case, inputs=lambda batch, generator: _double(case.inputs(batch, generator)), example=None)
+    doubled = copy.deepcopy(model).double()
     try:
-        again = _one(
-            exact, copy.deepcopy(model).double(), _double(inputs), found["place"], found["boundary"], *recorded
-        )
+        recorded = [record(copy.deepcopy(doubled), draw(exact, count, 2), call) for count in (2, 3)]
+        again = _one(exact, doubled, _double(inputs), found["place"], found["boundary"], *recorded)
     except Exception:  # a model that makes float32 tensors of its own says nothing
         return found
     if again["status"] != "ok":

@@ -13,10 +13,16 @@ from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
-from cachefreeze.isolation import eval_mode, preserved_buffers, preserved_random_state, preserved_state
+from cachefreeze.isolation import (
+    eval_mode,
+    preserved_buffers,
+    preserved_parameters,
+    preserved_random_state,
+    preserved_state,
+)
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
-from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site
+from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied
 from cachefreeze.splitting.costs import blocks
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
@@ -33,7 +39,7 @@ _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Parts(Uncopied):
     """A verified split.
 
     Attributes:
@@ -126,6 +132,11 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
         SplitError: No executor can cut here exactly; the message names the module or op in the way.
     """
     site, example = _located(model, example_inputs, train_from)
+    with preserved_parameters(site.written):
+        return _first_verified(site, example)
+
+
+def _first_verified(site: Site, example: Example) -> Parts:
     reasons = []
     # a traced graph goes through a list once for every entry that its example has
     for executor in (ReplayExecutor(),) if isinstance(example, SampleLists) else _EXECUTORS:
@@ -160,11 +171,12 @@ def split_padded(
     """
     site, example = _located(model, batches[0][0].example, None)
     executor = ReplayExecutor()
-    with preserved_buffers(site.model.modules()):
-        cut = executor.cut(site, example, batches[1][0].example)
-    verify(cut, site, example)
-    verify_padded(cut, site, batches)
-    return _parts(cut, site, example, executor.name, inputs)
+    with preserved_parameters(site.written):
+        with preserved_buffers(site.model.modules()):
+            cut = executor.cut(site, example, batches[1][0].example)
+        verify(cut, site, example)
+        verify_padded(cut, site, batches)
+        return _parts(cut, site, example, executor.name, inputs)
 
 
 def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from cachefreeze.errors import UsageError
 from cachefreeze.isolation import preserved_modes
 from cachefreeze.tracing import Call, Example, Usage
 
@@ -125,6 +126,11 @@ class Site:
         return self.usage.first_call_of(self.model, self.name)
 
     @property
+    def written(self) -> list[nn.Parameter]:
+        """Parameters that a forward writes."""
+        return [self.model.get_parameter(name) for name in self.usage.writes]
+
+    @property
     def known_as(self) -> str:
         """The name of the module whose call is the boundary's first: a shared module has its first name."""
         first = self.first_call
@@ -154,6 +160,17 @@ class Site:
             finally:
                 for parameter in thawed:
                     parameter.requires_grad_(True)
+
+
+class Uncopied:
+    """What belongs to the one model that it was cut from: its stubs and graphs refer to that model's modules."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copy, deepcopy and pickle."""
+        raise UsageError(
+            f"a {type(self).__name__} of a split cannot be copied or pickled: it runs the modules of the model that it "
+            "was cut from. Copy the model, and split the copy"
+        )
 
 
 class Executor(Protocol):

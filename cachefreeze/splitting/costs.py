@@ -12,7 +12,7 @@ from torch import nn
 from cachefreeze.blocks import Block, list_blocks
 from cachefreeze.errors import SplitError
 from cachefreeze.flops import count_flops
-from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.isolation import eval_mode, preserved_parameters, preserved_random_state, preserved_state
 from cachefreeze.listed import example_of
 from cachefreeze.splitting.planner import compare, minimum_cut
 from cachefreeze.splitting.recording import OpenInstead, Rules, record
@@ -37,8 +37,9 @@ def blocks(model: nn.Module, example_inputs: Any = None) -> list[Block]:
     usage = usage_of(model, example)
     listed = list_blocks(model, usage)
     calls = {block.name: call for block in listed if (call := usage.first_call_of(model, block.name))}
-    shares = _forward_before(model, example, calls)
-    crossing = _crossing_bytes(model, example, usage, calls)
+    with preserved_parameters(model.get_parameter(name) for name in usage.writes):
+        shares = _forward_before(model, example, calls)
+        crossing = _crossing_bytes(model, example, usage, calls)
     return [
         replace(block, bytes_per_sample=crossing.get(block.name), forward_before=shares.get(block.name))
         for block in listed

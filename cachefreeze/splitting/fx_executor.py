@@ -19,7 +19,7 @@ from cachefreeze.errors import SplitError, StaleCacheError
 from cachefreeze.fingerprint import BOOKKEEPING, digest
 from cachefreeze.freezing import FrozenLock
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
-from cachefreeze.splitting.boundary import Cut, Site
+from cachefreeze.splitting.boundary import Cut, Site, Uncopied
 from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
 from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
 
@@ -46,7 +46,7 @@ class FxExecutor:
 
     def cut(self, site: Site, example: Example) -> Cut:
         """Propose a prefix and a suffix; raises SplitError where the model cannot be traced or the cut not made."""
-        tracing = _Tracing(site, example)
+        tracing = Tracing(site, example)
         with site.mode(train=True):
             train = tracing.graph()
         with site.mode(train=False):
@@ -61,7 +61,7 @@ class FxExecutor:
         raise refusals[0]
 
     def _cut_at(
-        self, end: int, site: Site, example: Example, tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph
+        self, end: int, site: Site, example: Example, tracing: Tracing, train: fx.Graph, evaluate: fx.Graph
     ) -> Cut:
         crossing = sorted(_crossing(train, end) | _crossing(evaluate, end))
         prefix_graph = _prefix_graph(evaluate, end, crossing)
@@ -103,7 +103,7 @@ class Prefix(nn.Module):
         return values[0] if len(values) == 1 else values
 
 
-class Suffix(nn.Module):
+class Suffix(Uncopied, nn.Module):
     """Boundary activations -> the model's output. It has no mode of its own: it follows the model's modules."""
 
     def __init__(self, model: nn.Module, opened: tuple[nn.Module, ...], make: Callable[[], fx.GraphModule]) -> None:
@@ -122,12 +122,19 @@ class Suffix(nn.Module):
     def prepare(self) -> nn.Module:
         """The graph for the modes that the traced-through modules are in now."""
         opened = self._follow["opened"]
-        if any(vars(module).get(key, self) is not value for module, key, value in self._seen):
+        if self._are_set_anew():
             self._take_up_attributes()
         key = "".join("t" if module.training else "e" for module in opened)
         if key not in self.graphs:
             self.graphs[key] = self._follow["make"]()
         return self.graphs[key]
+
+    def _are_set_anew(self) -> bool:
+        """Whether a plain attribute is another object; in a compiled forward, which has no identities, unequal."""
+        if torch.compiler.is_compiling():
+            plain = [entry for entry in self._seen if isinstance(entry[2], bool | int | float | str)]
+            return any(getattr(module, key, None) != value for module, key, value in plain)
+        return any(vars(module).get(key, self) is not value for module, key, value in self._seen)
 
     def follow(self) -> None:
         """Take up plain attributes that changed on traced-through modules; called between passes.
@@ -153,6 +160,7 @@ class Suffix(nn.Module):
                     "forward would not run it; register hooks first, then make the Engine"
                 )
         self._take_up_attributes()
+        self.prepare()  # a compiled suffix cannot trace anew by itself
 
     def _take_up_attributes(self) -> None:
         """Trace again where a plain attribute of a traced-through module has another value."""
@@ -200,7 +208,7 @@ def plain_attributes(modules: tuple[nn.Module, ...]) -> str:
     )
 
 
-class _Tracing:
+class Tracing:
     """Traces the model with everything but the boundary's surroundings as leaves."""
 
     def __init__(self, site: Site, example: Example) -> None:
@@ -231,6 +239,7 @@ class _Tracing:
         self.trainable = {id(p) for n, p in parameters.items() if p.requires_grad and n not in site.frozen}
 
     def open_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that are traced through."""
         return tuple(self.site.model.get_submodule(name) for name in self.opened)
 
     def graph(self) -> fx.Graph:
@@ -291,7 +300,7 @@ class _Tracing:
         raise SplitError(f"fx: the traced forward of {type(model).__name__} never reaches {self.site.name!r}")
 
 
-def _common_end(tracing: _Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
+def _common_end(tracing: Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
     """Where the prefix ends in both graphs, after the parameter-free tail; both must agree up to there."""
     nodes = [list(graph.nodes) for graph in (train, evaluate)]
     end = min(tracing.end(train), tracing.end(evaluate))

@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
-from cachefreeze.isolation import RandomState
+from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
-from cachefreeze.tracing import METADATA, Call, Example, Usage, operation
+from cachefreeze.tracing import METADATA, Call, Example, Usage
 
 # What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
 _READS = frozenset({
@@ -365,7 +365,7 @@ class _Recorder(TorchFunctionMode):
                 if id(leaf) not in self._of:
                     self._inside[id(leaf)] = self._closed
             return result
-        drew = state is not None and state != _torch_state()
+        drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
         if drew:
             self._refuse_eval_draw()
         if pure:

@@ -14,7 +14,7 @@ from cachefreeze import trees
 from cachefreeze.errors import SplitError
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import preserved_state_of
-from cachefreeze.splitting.boundary import Site
+from cachefreeze.splitting.boundary import Site, Uncopied
 from cachefreeze.splitting.fx_executor import plain_attributes
 from cachefreeze.splitting.planner import Plan
 from cachefreeze.splitting.replica import Rewrite, replicate
@@ -128,7 +128,7 @@ class _Run(nn.Module):
         self.__dict__.update(replica=replica, notes=notes, opened=opened, before=before)
 
 
-class ReplayPrefix(nn.Module):
+class ReplayPrefix(Uncopied, nn.Module):
     """Raw inputs -> the kept values: the model's own forward up to the boundary, in eval mode without gradients."""
 
     def __init__(self, site: Site, planned: Plan) -> None:

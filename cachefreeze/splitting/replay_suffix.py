@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
+from cachefreeze.fingerprint import BOOKKEEPING
 from cachefreeze.listed import SampleLists, example_of
-from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.boundary import BoundaryTensor, Site, Uncopied
 from cachefreeze.splitting.lengths import sizes_at
 from cachefreeze.splitting.planner import Plan, input_name
 from cachefreeze.splitting.replay_prefix import Numbers
@@ -45,7 +46,7 @@ class _Pass:
         self.checkpointed = False
 
 
-class ReplaySuffix(nn.Module):
+class ReplaySuffix(Uncopied, nn.Module):
     """Rows -> the model's output, by its own forward. It has no mode of its own: it follows the model's modules."""
 
     def __init__(
@@ -55,6 +56,7 @@ class ReplaySuffix(nn.Module):
         self.plan = planned
         self._places = {place: i for i, place in enumerate(planned.kept)}
         self._pass: _Pass | None = None
+        self._has_gradients: bool | None = None  # at the boundary, in the verification's training step
         # the backward that runs, and the passes whose outputs it has come to
         self._backward: tuple[int, list[weakref.ref[_Pass]]] = (-1, [])
         self._bad_values: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -63,7 +65,7 @@ class ReplaySuffix(nn.Module):
         self._called = Counter(name for name, _ in planned.closed)
         forwards: dict[str, Rewrite] = {name: self._stub(name) for name in names}
         arguments = {place[3]: i for place, i in self._places.items() if place[0] == "argument"}
-        if arguments:
+        if site.first_call is not None:
             known = site.known_as
             self._called["\0boundary"] = sum(call.name == known for call in site.usage.calls)
             forwards[known] = self._boundary(arguments, forwards.get(known))
@@ -77,6 +79,8 @@ class ReplaySuffix(nn.Module):
             if id(original) in stubs:
                 made.training = False
         self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
+        # a compiled forward follows those of Python's own plain types, which it guards by value
+        self._traced = [(m, o, [n for n, v in vars(o).items() if _is_plain(n, v)]) for m, o, _, _ in self._open]
         self._children = [
             (original, dict(original._modules), type(original), vars(original).get("forward"))
             for _, original in self._copied
@@ -163,8 +167,10 @@ class ReplaySuffix(nn.Module):
 
     def _follow_attributes(self) -> None:
         if torch.compiler.is_compiling():
-            for made, original, _, _ in self._open:
+            for made, original, names in self._traced:
                 made.training = original.training
+                for name in names:
+                    setattr(made, name, getattr(original, name))
             return
         for made, original, children, forward in self._open:
             own = made.__dict__
@@ -177,6 +183,9 @@ class ReplaySuffix(nn.Module):
     def _hand_attributes_back(self) -> None:
         """What the forward wrote on its modules (a counter, a list of losses) belongs to the model."""
         if torch.compiler.is_compiling():
+            for made, original, names in self._traced:
+                for name in names:
+                    setattr(original, name, getattr(made, name))
             return
         for made, original, _, _ in self._open:
             own, theirs = made.__dict__, original.__dict__
@@ -190,6 +199,17 @@ class ReplaySuffix(nn.Module):
             return
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         current.checkpointed = current.grad and (hooked or not torch.is_grad_enabled())
+
+    def _watch_gradients(self, *, always: bool) -> None:
+        """Raise where the boundary runs without gradients, unless the model itself has it so from the beginning."""
+        enabled = torch.is_grad_enabled()
+        if self._has_gradients is None:
+            self._has_gradients = enabled
+        if not enabled and (always or self._has_gradients):
+            raise SplitError(
+                "replay: the boundary runs without gradients inside reentrant activation checkpointing, and rows need "
+                "none, so nothing in it would be trained; checkpoint with use_reentrant=False"
+            )
 
     def _expect_backward(self, current: _Pass, output: Any) -> None:
         def begin(_gradient: Tensor) -> None:
@@ -281,11 +301,8 @@ class ReplaySuffix(nn.Module):
                 else:
                     number = current.numbers.next("\0boundary")
                     self._watch_checkpointing(current)
-                if current.grad and not torch.is_grad_enabled():
-                    raise SplitError(
-                        "replay: the boundary runs without gradients inside reentrant activation checkpointing, and "
-                        "rows need none, so nothing in it would be trained; checkpoint with use_reentrant=False"
-                    )
+                if current.grad:
+                    self._watch_gradients(always=bool(arguments))
                 if number == 0:
                     leaves, tree = pytree.tree_flatten((args, kwargs))
                     for at, row in arguments.items():
@@ -296,6 +313,11 @@ class ReplaySuffix(nn.Module):
             return forward
 
         return make
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is one that a forward reads as a number, a flag or a word."""
+    return name not in BOOKKEEPING and "hook" not in name and isinstance(value, bool | int | float | str | None)
 
 
 def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:

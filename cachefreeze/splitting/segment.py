@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode, preserved_state
+from cachefreeze.splitting.boundary import Uncopied
+from cachefreeze.splitting.fx_segment import fx_segment
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from cachefreeze.splitting import Parts
 
 
-class Segment(nn.Module):
+class Segment(Uncopied, nn.Module):
     """What lies between two boundaries: the model's own forward, from the rows of one to the rows of the other.
 
     Shapes:
@@ -61,7 +63,7 @@ class Segment(nn.Module):
         return values[0] if len(values) == 1 else values
 
 
-def make_segment(shallower: Parts, deeper: Parts) -> Segment:
+def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
     """A verified segment.
 
     Raises:
@@ -78,7 +80,7 @@ def make_segment(shallower: Parts, deeper: Parts) -> Segment:
         )
     if example.beside:
         raise SplitError("segment_to(): a detector's rows go with the lists of their batch; fill the deeper boundary")
-    segment = Segment(shallower, deeper)
+    segment = _between(shallower, deeper)
     for count in (2, 3):
         some = example.take([i % example.batch for i in range(count)])
         rows = [row.clone() for row in _rows(some.fresh().call(shallower.prefix))]
@@ -89,6 +91,17 @@ def make_segment(shallower: Parts, deeper: Parts) -> Segment:
                 "fill the deeper boundary from the samples"
             )
     return segment
+
+
+def _between(shallower: Parts, deeper: Parts) -> nn.Module:
+    """One graph where both cuts were traced; else, and where no graph leads from one to the other, a replay."""
+    if shallower.executor == deeper.executor == "fx":
+        (site, example), (end, _) = shallower.origin, deeper.origin
+        some = example.take([0, 1])
+        made = [[row.clone() for row in _rows(some.fresh().call(parts.prefix))] for parts in (shallower, deeper)]
+        with suppress(SplitError):
+            return fx_segment(site, end, some, *made)
+    return Segment(shallower, deeper)
 
 
 def plan_of(parts: Parts) -> Plan:

@@ -52,8 +52,9 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                 random_state.restore()  # a suffix may be random even in eval mode
                 expected = _fresh_call(site, some.fresh().call, site.model)
                 random_state.restore()
-                rows = rows_of(cut, some.fresh())
-                moved = random_state.moved()
+                with preserved_state(site.model) as attributes:
+                    rows = rows_of(cut, some.fresh())
+                    moved = [*random_state.moved(), *attributes.drawn()]
                 if moved:
                     raise SplitError(
                         f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "

@@ -14,6 +14,53 @@ from cachefreeze.testing.traps import Chain, images, sequences
 table = TrapTable()
 
 
+class _Meter:
+    """A plain object that counts, as a running mean of a metric does."""
+
+    def __init__(self) -> None:
+        self.calls, self.seen = 0, []  # type: ignore[var-annotated]
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "meter", _Meter()))
+def metered(self: Any, x: Tensor) -> Any:
+    """A plain object counts the forwards, and the output follows from it."""
+    z = self.mid(self.stem(x))
+    self.meter.calls += 1
+    self.meter.seen.append(len(x))
+    return self.head(z) / self.meter.calls
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "own", torch.Generator().manual_seed(5)))
+def own_generator_after(self: Any, x: Tensor) -> Any:
+    """Noise behind the boundary from a generator that the model keeps for itself."""
+    z = self.mid(self.stem(x))
+    return self.head(z + torch.randn(6, generator=self.own))
+
+
+@table("mid", mid=linear(), setup=lambda m: setattr(m, "own", torch.Generator().manual_seed(5)), refused="draws|random")
+def own_generator_before(self: Any, x: Tensor) -> Any:
+    """Noise before the boundary from a generator that the model keeps for itself."""
+    return self.head(self.mid(self.stem(x) + torch.randn(6, generator=self.own)))
+
+
+class _NoisyLinear(nn.Linear):
+    """Adds noise from a generator of its own, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.own = torch.Generator().manual_seed(5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer with noise."""
+        return super().forward(input) + torch.randn(6, generator=self.own)
+
+
+@table(stem=_NoisyLinear, refused="draws random numbers")
+def own_generator_in_a_frozen_layer(self: Any, x: Tensor) -> Any:
+    """A frozen layer draws from a generator of its own."""
+    return self.head(self.stem(x))
+
+
 def _counter(model: Any) -> None:
     model.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
