@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,36 +17,25 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
 from cachefreeze.compiled import CompiledStep
-from cachefreeze.errors import CheckpointError, SplitError, StaleCacheError, UsageError
+from cachefreeze.errors import CheckpointError, StaleCacheError, UsageError
+from cachefreeze.following import Following
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
 from cachefreeze.judging import Judgement, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
-from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import measure, measured_tier
-from cachefreeze.moves import Costs, Move, too_short, worthwhile
-from cachefreeze.observing import probe_rows
+from cachefreeze.manager import CacheManager, split_on
+from cachefreeze.moves import Move
 from cachefreeze.rows import autocast, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
-from cachefreeze.schedules import Clock, Ladder, Schedule, Stages
-from cachefreeze.splitting import Parts, blocks, split
+from cachefreeze.schedules import Clock, Ladder, Schedule
+from cachefreeze.splitting import Parts
 from cachefreeze.staging import Staging
 from cachefreeze.stores import Store
 from cachefreeze.stores.codec import stored_dtype
-from cachefreeze.tracing import Example, Usage, record_usage, trace_usage
+from cachefreeze.tracing import Usage, record_usage, trace_usage
 
 _LOG = logging.getLogger("cachefreeze")
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """A loader that follows a schedule, and what its stores are made of."""
-
-    loader: StagedLoader
-    view: View
-    name: str
-    version: str | None
 
 
 class Engine:
@@ -129,14 +116,11 @@ class Engine:
         self._dtype = dtype
         self._prefix = prefix
         self._staging = None if schedule is None else Staging(model, schedule)
-        self._followed: list[_Followed] = []
-        self.decisions: list[Move] = []
-        self._moves = moves
-        self._costs: Costs | None = None
-        self._place: int | None = None
-        self._below: CacheManager | None = None
-        self._left: int | None = None
-        self._path: list[tuple[int, int]] = []
+        self._make = partial(CacheManager, store=store, autocast=autocast, dtype=dtype, prefix=prefix)
+        self._following: Following | None = None
+        if self._staging is not None:
+            self._following = Following(model, self._staging, self._make, str(store), moves, autocast, self._now)
+        self.decisions: list[Move] = [] if self._following is None else self._following.decisions
         self._planned = epochs
         self._judged: Judgement | None = None
         self._cached: list[CachedLoader] = []
@@ -194,22 +178,8 @@ class Engine:
             seed=seed,
             padded=frozenset() if self.parts is None else self.parts.padded,
         )
-        if self._staging is not None:
-            if seen.listed is not None and self._store != "off":
-                raise UsageError(
-                    "samples that a collate function only lists (of a detector) are not cached under a schedule, whose "
-                    "boundary moves; freeze for the whole run with cf.freeze, or use store='off'"
-                )
-            if seen.ragged is not None and self._store != "off":
-                raise UsageError(
-                    "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
-                    "one length in the collate function, or use store='off'"
-                )
-            self._staging.read(seen.example().to(model_device(self.model)), partial(self._probe, seen))
-            name = name if name is not None else next_name(followed.name for followed in self._followed)
-            made = StagedLoader(dataloader)
-            self._followed.append(_Followed(made, seen, name, version))
-            return made
+        if self._following is not None:
+            return self._following.add(dataloader, seen, name, version)
         if self._judged is not None and not self._judged.pays and view is None and variants is None:
             return PassingLoader(dataloader, model_device(self.model), "frozen")
         if self.cache is None:
@@ -225,7 +195,7 @@ class Engine:
                     return PassingLoader(dataloader, model_device(self.model), "frozen")
             with autocast(model_device(self.model), self._autocast):
                 self.parts = split_on(self.model, seen)
-            self.cache = self._manager(self.parts, None)
+            self.cache = self._make(self.parts)
         self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
         return self._cached[-1]
 
@@ -280,8 +250,8 @@ class Engine:
         if self._staging is None and self.epoch < total:
             self._judge_again(total - self.epoch)
         while self.epoch < total:
-            if self._staging is not None:
-                self._stage(self._staging, total, steps_per_epoch)
+            if self._following is not None:
+                self._follow(self._following, total, steps_per_epoch)
             hold_eval(self.model)
             self._running = True
             try:
@@ -291,8 +261,8 @@ class Engine:
             self.epoch += 1
             if self.cache is not None:
                 self.cache.commit()
-                if not self.cache.promoting:
-                    self._drop_below()
+            if self._following is not None:
+                self._following.end_epoch()
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a dict batch that are arguments of the model's forward; the others it would refuse."""
@@ -302,7 +272,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on at the same epoch."""
         staging = {} if self._staging is None else {"staging": self._staging.state_dict()}
-        return {"epoch": self.epoch, "place": self._place, **staging}
+        return {"epoch": self.epoch, "place": self._following and self._following.place, **staging}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
@@ -310,16 +280,15 @@ class Engine:
             raise CheckpointError(
                 "this state is of a run with a schedule and this one has none, or the other way round"
             )
-        if self._staging is not None:
+        if self._staging is not None and self._following is not None:
             self._staging.load_state_dict(state["staging"])
-            self._left = state["place"]
+            self._following.resume(state["place"])
         self.epoch = int(state["epoch"])
 
     def close(self) -> None:
         """Commit and close all stores."""
-        if self._below is not None:
-            self._below.close()  # its files stay: an interrupted promotion goes on from them
-            self._below = None
+        if self._following is not None:
+            self._following.close()
         if self.cache is not None:
             self.cache.close()
 
@@ -340,7 +309,8 @@ class Engine:
         Raises:
             StaleCacheError, UsageError, TypeError: As a call does.
         """
-        alone = len(args) == 1 and not kwargs  # as in most steps: there is nothing else to look at
+        # as in most steps: there is nothing else to look at, and reading a signature takes longer than many a head
+        alone = len(args) == 1 and not kwargs
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)
         if rows is None:
             return self.model, args, kwargs
@@ -398,8 +368,6 @@ class Engine:
 
     def _refuse_beside_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rows stand for all that the model was given when it was split: nothing else would reach the suffix."""
-        if len(args) == 1 and not kwargs:  # reading a signature takes longer than many a head
-            return
         signature = inspect.signature(self.model.forward)
         open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         unknown = [name for name in kwargs if name not in signature.parameters]
@@ -464,118 +432,14 @@ class Engine:
             raise UsageError("this engine has no schedule: Engine(model, schedule=…)")
         return self._staging
 
-    def _probe(self, view: View) -> Example:
-        """Samples that a schedule's checks look at, the same ones throughout."""
-        return view.layout.example(view.fetch(probe_rows(len(view)))).to(model_device(self.model))
-
     def _now(self) -> int | None:
         """The epoch that runs; None outside of :meth:`epochs`."""
         return self.epoch if self._running else None
 
-    def _stage(self, staging: Staging, total: int, steps: int | None) -> None:
-        """Begin an epoch under the schedule: what is frozen, then where the cache's boundary is."""
-        if not self._followed:
-            raise UsageError("make the loaders first (engine.loader): they follow the schedule from epoch to epoch")
-        staging.start_epoch(self.epoch, total, len(self._followed[0].loader) if steps is None else steps)
-        left, self._left = self._left, None
-        if left and left <= staging.frozen and str(self._store).startswith("hdf5:"):
-            self._move(staging, left)  # a resumed run finds its rows where it left them, and may promote them
-        place = self._next_place(staging)
-        if place != self._place or (place == 0 and staging.boundary != self.boundary):
-            began = time.perf_counter()
-            self._move(staging, place)
-            if self._costs is not None and place:
-                self._costs = replace(self._costs, setup=time.perf_counter() - began)
-        self.boundary = staging.boundary
-
-    def _next_place(self, staging: Staging) -> int:
-        """How many leading blocks the cache stands for in the epoch that begins."""
-        now = self._place or 0
-        if self._store == "off" or not staging.frozen:
-            return 0
-        if self._moves == "always":
-            return staging.frozen
-        upcoming = staging.upcoming()
-        if [frozen for frozen, _ in self._path] != upcoming:
-            first = self._costs is None
-            if self._costs is None:
-                self._costs = self._measured(staging, len(upcoming))
-            path, seconds, held = worthwhile(upcoming, self._costs, now)
-            self._path = list(zip(upcoming, path, strict=True))
-            ladder = staging.ladder
-            if first and isinstance(staging.schedule, Stages):
-                for count, epochs in too_short(upcoming, path):
-                    _LOG.warning(
-                        "the stage that trains from %r lasts %d epoch(s), too short to pay for moving the cache there: "
-                        "what it freezes beyond the boundary before runs in every epoch; freeze in longer stages",
-                        *(ladder.boundary(count), epochs),
-                    )
-            frozen, before, after = (ladder.boundary(count) for count in (staging.frozen, now, path[0]))
-            self.decisions.append(Move(self.epoch, frozen, before, after, seconds, held))
-        _, place = self._path.pop(0)
-        return place
-
-    def _measured(self, staging: Staging, epochs: int) -> Costs:
-        """What the epochs under the schedule are made of."""
-        loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
-        view, device = loaders[0][1], model_device(self.model)
-        sizes = {b.name: b.bytes_per_sample for b in blocks(self.model, view.example().to(device))}
-        largest = max((size for size in sizes.values() if size), default=0) * sum(seen.samples for _, seen in loaders)
-        tier = measured_tier(str(self._store), largest, device)
-        return measure(
-            self.model,
-            staging.usage,
-            staging.ladder.names,
-            loaders,
-            tiers=[tier],
-            row_bytes=sizes,
-            autocast_dtype=self._autocast,
-            epochs=epochs,
-        ).costs(tier)
-
-    def _move(self, staging: Staging, place: int) -> None:
-        """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""
-        boundary = staging.ladder.boundary(place)
-        device = model_device(self.model)
-        self._drop_below()
-        before, self._below = self._place or 0, self.cache
-        self.parts, self.cache, self._place = None, None, place
-        if boundary is not None:
-            example = self._followed[0].view.example().to(device)
-            with autocast(device, self._autocast):
-                self.parts = split(self.model, example, boundary)
-            self.cache = self._manager(self.parts, self._below if before < place else None)
-        if self.cache is None or not self.cache.has_below:
-            self._drop_below()
-        for followed in self._followed:
-            dataloader = followed.loader.dataloader
-            if self.cache is None:
-                followed.loader.follow(PassingLoader(dataloader, device, "frozen" if staging.frozen else "live"))
-            else:
-                inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version, self._now)
-                followed.loader.follow(inner)
-
-    def _manager(self, parts: Parts, below: CacheManager | None) -> CacheManager:
-        """The stores of a new boundary, made from those below where the model allows it."""
-        made = partial(
-            CacheManager, parts, self._store, autocast=self._autocast, dtype=self._dtype, prefix=self._prefix
-        )
-        try:
-            return made(below=below)
-        except SplitError as error:
-            if below is None:
-                raise
-            _LOG.warning("rows at %r are filled from the samples: %s", parts.boundary.name, error)
-            return made()
-
-    def _drop_below(self) -> None:
-        """Close the stores of the boundary before, once nothing is made from them any more."""
-        if self._below is None:
-            return
-        if self.cache is not None:
-            self.cache.let_go()
-        self._below.drop()
-        self._below = None
+    def _follow(self, following: Following, total: int, steps: int | None) -> None:
+        """Begin an epoch under the schedule; the stores that it moves away from are not held longer than it needs."""
+        following.start_epoch(self.epoch, total, steps)
+        self.parts, self.cache, self.boundary = following.parts, following.cache, following.boundary
 
     def _uncached(self, dataloader: DataLoader[Any], inputs: Inputs) -> PassingLoader:
         device = model_device(self.model)
