@@ -150,7 +150,8 @@ def test_what_a_run_leaves(tmp_path):
     ]  # fmt: skip
     assert list(report["epochs"][0]) == [
         "epoch", "source", "boundary", "cache_boundary", "seconds", "val_seconds", "val_source", "train_loss",
-        "val_loss", "val_accuracy", "rows_cached", "rows_computed", "rows_repaired", "rows_promoted", "lr",
+        "val_loss", "val_accuracy", "rows_cached", "rows_computed", "rows_repaired", "rows_rewritten",
+        "rows_promoted", "lr",
     ]  # fmt: skip
     assert report["fill_seconds"] == report["epochs"][0]["seconds"]
     assert report["split"]["boundary"] == "middle"

@@ -12,7 +12,7 @@ from cachefreeze.errors import StoreError
 from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.locks import FileLock, still_names
 from cachefreeze.stores.source import Source
-from cachefreeze.stores.system import store_error
+from cachefreeze.stores.system import store_error, system
 
 # How long to wait for somebody who has a file alone. To change a row in place takes some 0.1 ms.
 _OTHERS_SECONDS = 10.0
@@ -74,8 +74,8 @@ def take(path: Path, fd: int, *, alone: bool = False) -> FileLock | None:
             return None  # reading needs no write permission, neither to the file nor to its folder
         if lock is not None:
             break
-        if alone or time.monotonic() > deadline:
-            return None
+        if alone or not system.shares_locks or time.monotonic() > deadline:
+            return None  # where locks are not shared, a filler holds this one for as long as it has the file open
         time.sleep(_LOOK_SECONDS)
     if not still_names(path, fd):
         lock.release(unlink=not path.exists())

@@ -73,7 +73,7 @@ class System:
         """Lock bytes of an open file without waiting; False when another open file's lock stands against it."""
         kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
         try:
-            if hasattr(fcntl, "F_OFD_SETLK"):
+            if self.shares_locks:
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, start, length))
             else:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,9 +83,14 @@ class System:
             raise
         return True
 
+    @property
+    def shares_locks(self) -> bool:
+        """Whether a lock can be had together with others; ``flock`` is taken alone here, by every filler."""
+        return hasattr(fcntl, "F_OFD_SETLK")
+
     def unlock(self, fd: int, start: int = 0, length: int = 0) -> None:
         """Unlock bytes of an open file; by default all of them, where ``flock`` knows no other way."""
-        if hasattr(fcntl, "F_OFD_SETLK"):
+        if self.shares_locks:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, start, length))
         elif not length:
             fcntl.flock(fd, fcntl.LOCK_UN)
