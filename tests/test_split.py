@@ -392,6 +392,21 @@ class TestLeavesNoTrace:
 
 
 class TestParts:
+    def test_hooks_of_frozen_modules_are_told_of(self, caplog):
+        """What a hook does beside the output ends with the fill, and that is said; not of locks and torch's hooks."""
+        model = Chain()
+        cf.freeze(model, train_from="conv2")
+        model.conv1 = torch.nn.utils.spectral_norm(model.conv1)
+        for parameter in model.conv1.parameters():
+            parameter.requires_grad_(False)
+        model.eval()
+        model.head.register_forward_hook(lambda *_: None)
+        cf.split(model, images(), "conv2")
+        assert "hooks" not in caplog.text
+        model.conv1.register_forward_hook(lambda *_: None)
+        cf.split(model, images(), "conv2")
+        assert "forward hooks of frozen modules (conv1)" in caplog.text
+
     def test_parameters_are_the_models_own_objects(self):
         model = torchvision.models.resnet18(num_classes=4)
         parts = cf.split(model, images(3, 64), "layer4")

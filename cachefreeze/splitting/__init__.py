@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ __all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
+
+_LOG = logging.getLogger("cachefreeze")
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +205,7 @@ def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> t
 
 def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[str, ...] = ()) -> Parts:
     model = site.model
+    _tell_of_hooks(site)
     return Parts(
         model=model,
         prefix=cut.prefix,
@@ -213,6 +217,24 @@ def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[
         origin=(site, example),
         inputs=inputs,
     )
+
+
+def _tell_of_hooks(site: Site) -> None:
+    """What a user's hook does is part of how rows are made, and then nothing calls it any more."""
+    modules = dict(site.model.named_modules(remove_duplicate=False))
+    hooked = [name for name in site.before if _has_hooks_of_the_user(modules[name])]
+    if hooked:
+        _LOG.warning(
+            "forward hooks of frozen modules (%s) run while rows are made and not in cached epochs, where no frozen "
+            "module runs; what a hook changes in an output is in the rows, what it does beside that is done no more",
+            ", ".join(hooked[:3]) + (", …" if len(hooked) > 3 else ""),
+        )
+
+
+def _has_hooks_of_the_user(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ours_or_torchs = ("cachefreeze.", "torch.")  # the lock on what is frozen; weight norm, pruning
+    return any(not type(hook).__module__.startswith(ours_or_torchs) for hook in hooks)
 
 
 def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
