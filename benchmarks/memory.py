@@ -1,7 +1,7 @@
 """Does the peak of resident memory grow with the rows of an HDF5 store? A run over 1 GB and one over 10 GB.
 
-Each size is filled and trained on, and then trained on from the file that is there, in processes of their own. What the
-kernel reports at their ends is printed; the last line is one JSON object.
+Each size is filled and trained on, and then trained on from the file that is there, in processes of their own, in a
+block-shuffled order. What the kernel reports at their ends is printed; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from cachefreeze.machine import hardware, load_average, versions
 
 ROW_BYTES = 64 << 10
 BATCH = 64
+BLOCK = 256  # rows: 16 MiB
+PEAKS = ("peak_resident_bytes", "peak_anonymous_bytes")
 
 
 class Numbers(Dataset):
@@ -80,7 +82,8 @@ def child(folder: str, rows: int, epochs: int) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(16, width), nn.Linear(width, 10))
     cf.freeze(model, train_from="1")
     engine = cf.Engine(model, store=f"hdf5:{folder}")
-    train = engine.loader(DataLoader(Numbers(rows), batch_size=BATCH, shuffle=True))
+    numbers = Numbers(rows)
+    train = engine.loader(DataLoader(numbers, BATCH, sampler=cf.BlockShuffleSampler(numbers, BLOCK)))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds, sources = [], []
     with Sampled() as sampled:
@@ -101,9 +104,9 @@ def child(folder: str, rows: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def measure(sizes: Sequence[int], place: Path | None) -> dict[str, Any]:
-    """All sizes, each filled in one process and read in a second."""
-    before, runs = load_average(), []
+def measure(sizes: Sequence[int], place: Path | None, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All sizes, each filled in one process and read in a second; ``earlier`` are runs of other sizes."""
+    before, runs = load_average(), [run for run in earlier if run["store_bytes"] not in sizes]
     for size_bytes in sizes:
         rows = size_bytes // ROW_BYTES
         with tempfile.TemporaryDirectory(prefix="cachefreeze-memory-", dir=place) as folder:
@@ -114,18 +117,18 @@ def measure(sizes: Sequence[int], place: Path | None) -> dict[str, Any]:
                 found[phase] = json.loads(done.stdout.splitlines()[-1])
         runs.append(found)
         print(table(runs[-1:]), flush=True)
+    runs.sort(key=lambda run: run["store_bytes"])
     first, last = runs[0], runs[-1]
     return {
         "schema": 1,
         "benchmark": "memory",
-        "config": {"row_bytes": ROW_BYTES, "batch": BATCH},
+        "config": {"row_bytes": ROW_BYTES, "batch": BATCH, "block": BLOCK},
         "hardware": hardware(torch.device("cpu")),
         "versions": versions(),
         "load_average": {"before": before, "after": load_average()},
         "runs": runs,
         "largest_to_smallest": {
-            phase: last[phase]["peak_resident_bytes"] / first[phase]["peak_resident_bytes"]
-            for phase in ("filled", "reopened")
+            phase: {what: last[phase][what] / first[phase][what] for what in PEAKS} for phase in ("filled", "reopened")
         },
     }
 
@@ -147,7 +150,7 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 10], help="of rows; smallest first")
     parser.add_argument("--dir", type=Path, help="where the files are made; they are removed")
     parser.add_argument("--smoke", action="store_true", help="megabytes: does it run?")
-    parser.add_argument("--out", type=Path, help="results file")
+    parser.add_argument("--out", type=Path, help="results file; runs of other sizes that it holds are kept")
     parser.add_argument("--child", nargs=3, metavar=("FOLDER", "ROWS", "EPOCHS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -155,8 +158,9 @@ def main() -> int:
         print(json.dumps(child(folder, int(rows), int(epochs))))
         return 0
     sizes = [int(1e9 * size) for size in ([0.02, 0.04] if args.smoke else args.gigabytes)]
-    found = measure(sizes, args.dir)
-    print({phase: round(ratio, 3) for phase, ratio in found["largest_to_smallest"].items()})
+    held = json.loads(args.out.read_text())["runs"] if args.out is not None and args.out.exists() else []
+    found = measure(sizes, args.dir, held)
+    print(found["largest_to_smallest"])
     if args.out is not None:
         write(found, args.out)
     print(json.dumps(found))

@@ -59,6 +59,11 @@ class RowFormat(ABC):
         found = {codec.name: codec.rounding.relative for codec in self._made if codec.stored != codec.dtype}
         return {name: error for name, error in found.items() if error is not None}
 
+    @property
+    def travelling(self) -> list[str]:
+        """Names of the fields that :meth:`decode` sends to the device, if they are not there yet."""
+        return [field.name for field in self.fields if field.name != "raw"]
+
     def fetch(self, rows: Sequence[int]) -> Any:
         """The raw batch of some samples. Random states are as before afterwards."""
         return self.view.fetch(rows, self.collate)

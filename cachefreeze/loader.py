@@ -9,9 +9,9 @@ iterator of the batch sampler and draws a base seed; with workers ``_reset`` mak
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from cachefreeze.batches import map_tensors
-from cachefreeze.errors import LoaderError
+from cachefreeze.errors import CorruptRowError, LoaderError
+from cachefreeze.prefetch import Lane, ReadAhead, foreseen, with_following
 from cachefreeze.samples import is_map_style
 from cachefreeze.tracing import Example
 
@@ -184,8 +185,22 @@ class RowSource(Protocol):
         """Run the prefix over the collated raw batch of ``rows`` and write them where the store can be written."""
         ...
 
-    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
-        """The user's batch for ``rows``, some of which were just computed."""
+    def batch(
+        self,
+        rows: Sequence[int],
+        counts: PassCounts,
+        computed: Sequence[Computed],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The user's batch for ``rows``: some were just computed, or all of them were read ahead as ``stored``."""
+        ...
+
+    def lane(self) -> Lane | None:
+        """How rows that are read ahead get to the device; None where reading ahead gains nothing."""
+        ...
+
+    def read_ahead(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Stored rows, on their way to the device; in a thread that nobody waits for."""
         ...
 
     def fetch(self, rows: Sequence[int]) -> Any:
@@ -297,17 +312,25 @@ class CachedLoader(LoaderProxy):
         pulled = source.in_turn(self._order.begin(), self._epoch)
         # after one whole pass that computed nothing, workers would only wait; a row that fails is fetched here
         batches: Iterator[_Fetched]
+        lane = None
         if self.dataloader.num_workers and not self._settled:
             batches = self._with_workers(pulled)
         else:
-            batches = ((rows, (), None) for rows in self._order.ahead(pulled))
-        for rows, scheduled, raw in batches:
-            computed = [source.compute(scheduled, raw)] if scheduled else []
-            # not scheduled for the workers: this pass has none, or the store keeps nothing that it is given
-            rest = [] if source.settled else [row for row in source.absent(rows) if row not in scheduled]
-            if rest:
-                computed.append(source.compute(rest, source.fetch(rest)))
-            yield source.batch(rows, counts, computed)
+            lane = source.lane() if source.settled else None
+            batches = ((*pair, (), None) for pair in self._order.ahead(pulled, following=lane is not None))
+        with ReadAhead(source.read_ahead, lane) as ahead:
+            for rows, following, scheduled, raw in batches:
+                stored = _taken(ahead, counts)
+                computed = [source.compute(scheduled, raw)] if scheduled else []
+                # not scheduled for the workers: this pass has none, or the store keeps nothing that it is given
+                known = stored is not None or source.settled
+                rest = [] if known else [row for row in source.absent(rows) if row not in scheduled]
+                if rest:
+                    computed.append(source.compute(rest, source.fetch(rest)))
+                batch = source.batch(rows, counts, computed, stored)
+                if following is not None and source.settled:
+                    ahead.ask(following)
+                yield batch
         self._settled = counts.computed == 0
 
     def _with_workers(self, pulled: Iterator[Sequence[int]]) -> Iterator[_Fetched]:
@@ -315,11 +338,20 @@ class CachedLoader(LoaderProxy):
         feed = _Feed(pulled, self.rows)
         for raw in worker_loader(self.dataloader, self.rows, feed):
             rows, scheduled = feed.order.popleft()
-            yield rows, scheduled, raw
+            yield rows, None, scheduled, raw
 
 
-# rows of the user's batch; those of them that workers fetched; what they fetched
-_Fetched = tuple[Sequence[int], Sequence[int], Any]
+# rows of the user's batch; of the next one, to be read ahead; those that workers fetched; what they fetched
+_Fetched = tuple[Sequence[int], Sequence[int] | None, Sequence[int], Any]
+
+
+def _taken(ahead: ReadAhead, counts: PassCounts) -> Mapping[str, Tensor] | None:
+    """What was read ahead. Where a row was damaged nothing was: that row is absent now, and computed like any other."""
+    try:
+        return ahead.take()
+    except CorruptRowError as error:
+        counts.repaired += len(set(error.rows))
+        return None
 
 
 class StagedLoader(LoaderProxy):
@@ -385,17 +417,25 @@ class BatchOrder:
         """Take notice of a pass that the DataLoader made itself: its persistent workers are there now."""
         self._started = True
 
-    def ahead(self, pulled: Iterator[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """Hand the lists on, pulling ahead by as many as the workers' queues would hold."""
+    def ahead(
+        self, pulled: Iterator[Sequence[int]], *, following: bool
+    ) -> Iterator[tuple[Sequence[int], Sequence[int] | None]]:
+        """Hand the lists on, pulling ahead by as many as the workers' queues would hold.
+
+        Args:
+            pulled: From the batch sampler.
+            following: Give the next one too, where it has been pulled or may be; else it is None.
+        """
         depth = (self._loader.prefetch_factor or 0) * self._loader.num_workers
         if not depth:
-            yield from pulled
+            early = foreseen(self._loader.batch_sampler) if following else 0
+            yield from with_following(pulled, early) if early else zip(pulled, repeat(None))
             return
         queue = deque(islice(pulled, depth))
         while queue:
             rows = queue.popleft()
             queue.extend(islice(pulled, 1))
-            yield rows
+            yield rows, queue[0] if following and queue else None
 
 
 class _Feed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,16 @@ class PromotedRows(StoredRows):
         missing = super().absent(rows)
         return missing if self._below is None or not missing else self._below.absent(missing)
 
-    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
+    def batch(
+        self,
+        rows: Sequence[int],
+        counts: PassCounts,
+        computed: Sequence[Computed],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> Any:
         """The user's batch for ``rows``; what is only below is promoted first."""
+        if stored is not None:
+            return super().batch(rows, counts, computed, stored)
         made = list(computed)
         known = {row for part in made for row in part.rows}
         missing = [row for row in super().absent(rows) if row not in known]

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError, LoaderError, StaleCacheError, UsageError
 from cachefreeze.fingerprint import difference, state_tensors, structure, tensors_digest
-from cachefreeze.formats import format_of
+from cachefreeze.formats import format_of, send
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, worker_loader
 from cachefreeze.portions import Portions
+from cachefreeze.prefetch import Lane, SideStream
 from cachefreeze.reporting import caching_line
 from cachefreeze.revision import MADE_FROM, Revision, input_digests
 from cachefreeze.samples import OF_ROWS, View
@@ -250,13 +251,30 @@ class StoredRows:
         """Make ``rows`` and write those that no other process has or is about to write."""
         return self._make_mine(rows, self._claim(rows), how)
 
-    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
-        """The user's batch for ``rows``, some of which were just computed."""
+    def lane(self) -> Lane | None:
+        """How rows that are read ahead get to the device; None where nothing is to be sent there."""
+        if self.prefix.device.type != "cuda" or self.store.tier == "device":
+            return None
+        return SideStream(self.prefix.device)  # needs CUDA
+
+    def read_ahead(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Stored rows, on their way to the device. Nothing of the user's is called, collate functions least of all."""
+        values = self._read(self._asked(rows))
+        return {**values, **{name: send(values[name], self.prefix.device) for name in self.format.travelling}}
+
+    def batch(
+        self,
+        rows: Sequence[int],
+        counts: PassCounts,
+        computed: Sequence[Computed],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The user's batch for ``rows``: some were just computed, or all of them were read ahead as ``stored``."""
         index = self._asked(rows)
         repaired: list[Computed] = []
         while True:
             try:
-                values = self._gather(index, [*computed, *repaired])
+                values = self._gather(index, [*computed, *repaired]) if stored is None else dict(stored)
                 break
             except CorruptRowError as error:
                 bad = list(dict.fromkeys(error.rows))

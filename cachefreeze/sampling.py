@@ -20,14 +20,14 @@ from cachefreeze.errors import UsageError
 class BlockShuffleSampler(Sampler[int]):
     """Every sample once: blocks in random order, the samples of ``mixed`` blocks shuffled together.
 
-    For HDF5 caches that are larger than memory. It draws what torch's ``RandomSampler`` does: one seed at the beginning
-    of a pass, unless there is a generator.
+    For HDF5 caches that are larger than memory. It draws one seed at the beginning of a pass and nothing after that, so
+    that the next batch can be read ahead.
 
     Args:
         data: The dataset; only its length is asked for.
         block: Samples in a block. Some 16 MiB of rows are enough for a disk.
         mixed: Blocks whose samples are shuffled together; their rows are what memory must hold.
-        generator: Of the order; None draws a seed from torch's own.
+        generator: Gives the seed; None takes torch's own.
 
     Raises:
         UsageError: ``block`` or ``mixed`` is less than 1.
@@ -45,9 +45,8 @@ class BlockShuffleSampler(Sampler[int]):
         return len(self.data)
 
     def __iter__(self) -> Iterator[int]:
-        draw = self.generator
-        if draw is None:
-            draw = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
+        draw = torch.Generator().manual_seed(seed)
         count = len(self.data)
         blocks = torch.randperm(-(-count // self.block), generator=draw)
         for start in range(0, len(blocks), self.mixed):

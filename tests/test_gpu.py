@@ -216,6 +216,42 @@ def test_staged_batches_outlive_their_staging():
         assert torch.equal(got.cpu(), rows.float().unsqueeze(1).expand(-1, width))
 
 
+@pytest.mark.parametrize("tier", ["host", "hdf5"])
+def test_batches_that_are_read_ahead_are_right_and_travel_beside_the_step(tier, tmp_path):
+    """While the device is busy with one batch the next arrives; none is overwritten while a step has it queued."""
+    engine = cf.Engine(made_wide(), store_of(tier, tmp_path))
+    count = 1024
+    data = TensorDataset(torch.randn(count, 64, generator=torch.Generator().manual_seed(3)), torch.arange(count))
+    batches = engine.loader(DataLoader(data, 64, shuffle=True))
+    for _ in range(2):
+        for _ in batches:
+            pass
+    with torch.no_grad():
+        expected = engine.parts.prefix(data.tensors[0].cuda())
+    busy, kept = torch.randn(2048, 2048, device="cuda"), []
+    for x, y in batches:
+        for _ in range(8):
+            busy = busy @ busy * 1e-3
+        kept.append((x.tensors[0] * 1.0, y.clone()))  # queued behind the products; then the batch itself is dropped
+        del x, y
+    for rows, labels in kept:
+        wanted = expected[labels]
+        assert torch.allclose(rows, wanted, rtol=0, atol=ROW_TOLERANCE * float(wanted.abs().max()))
+
+    remaining = iter(batches)
+    next(remaining)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second, of the stream that the step runs on
+    behind = torch.cuda.Event()
+    behind.record()
+    (_, done) = remaining.gi_frame.f_locals["ahead"]._asked.result()
+    done.synchronize()  # the copy ended
+    assert not behind.query()  # before the step did
+    torch.cuda.synchronize()
+    remaining.close()
+    engine.close()
+
+
 # --- autocast ---
 
 

@@ -31,7 +31,7 @@ from cachefreeze.errors import (
     StoreSpaceError,
     UsageError,
 )
-from cachefreeze.stores import handles, hdf5
+from cachefreeze.stores import handles, hdf5, source
 from cachefreeze.stores.base import FieldSpec, StoreSpec
 from cachefreeze.stores.creation import lock_path, sweep
 from cachefreeze.stores.file import open_regular, read_layout
@@ -337,6 +337,15 @@ class TestReopen:
         with pytest.raises(UsageError, match="verify="):
             HDF5Store.open(path, verify=bad)
         assert not list(path.parent.iterdir())
+
+    @pytest.mark.parametrize("more", [0, 1])
+    def test_large_files_are_not_mapped(self, path, monkeypatch, more):
+        """With io="auto" a file beyond the bound is in nobody's memory: a run's peak does not grow with it."""
+        create(path).close()
+        monkeypatch.setattr(source, "MAPPED_BYTES", path.stat().st_size - more)
+        store = HDF5Store.open(path)
+        assert (str(path) in Path("/proc/self/maps").read_text()) == (not more)
+        store.close()
 
     def test_pread_maps_nothing(self, path):
         """With io="pread" no part of the file is in the address space; workers get it the same way."""

@@ -53,13 +53,14 @@ class Column:
         field: What it holds.
         source: The file.
         offset: Of the dataset.
+        recycler: Where batches lie.
     """
 
-    def __init__(self, field: FieldSpec, source: Source, offset: int) -> None:
+    def __init__(self, field: FieldSpec, source: Source, offset: int, recycler: Recycler) -> None:
         self.field = field
         self._source = source
         self._offset = offset
-        self._recycler = Recycler()
+        self._recycler = recycler
 
     def spans(self, rows: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) row indices -> where each row's bytes begin in the file, and how many they are."""

@@ -33,8 +33,9 @@ from cachefreeze.stores.header import encode
 from cachefreeze.stores.laying import lay_out
 from cachefreeze.stores.layout import COMMIT, HEADER_BYTES, RECORD_BYTES, Layout, check_storable
 from cachefreeze.stores.locks import FileLock, drop_in_children
-from cachefreeze.stores.rows import RECORD, CommitTable, complete, records_of, row_digest, stretches
-from cachefreeze.stores.source import IO, open_source
+from cachefreeze.stores.recycling import Recycler
+from cachefreeze.stores.rows import RECORD, CommitTable, complete, records_of, row_digest
+from cachefreeze.stores.source import IO, open_source, stretches
 from cachefreeze.stores.system import failing_as, pwrite_all, store_error, system
 
 __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
@@ -66,7 +67,10 @@ class HDF5Store(Store):
         self._io: IO = io
         self._handles = handles
         self._table = CommitTable(handles.source, layout.commit_offset, layout.spec.rows)
-        self._columns = [Column(field, handles.source, layout.offsets[field.name]) for field in layout.spec.fields]
+        self._recycler = Recycler()
+        self._columns = [
+            Column(field, handles.source, layout.offsets[field.name], self._recycler) for field in layout.spec.fields
+        ]
         for rows, records in self._table.chunks():
             self._mark(torch.from_numpy(rows[complete(records, rows)]), present=True)
         self._verified = np.zeros(layout.spec.rows, np.bool_)
@@ -86,7 +90,7 @@ class HDF5Store(Store):
         *,
         fingerprint: Mapping[str, str],
         attributes: Mapping[str, str] | None = None,
-        io: IO = "mmap",
+        io: IO = "auto",
     ) -> HDF5Store:
         """Make a new file with room for every row.
 
@@ -127,7 +131,7 @@ class HDF5Store(Store):
         writable: bool = True,
         alone: bool = False,
         verify: Verify = "first",
-        io: IO = "mmap",
+        io: IO = "auto",
     ) -> HDF5Store:
         """Open an existing file.
 
@@ -137,8 +141,9 @@ class HDF5Store(Store):
             alone: As its only filler, until it is closed; others wait for that when they open it.
             verify: When to compare a row with its checksum: on its ``first`` read in this process, ``always``, or
                 ``never``.
-            io: Read through a memory map, or by ``pread``: slower, and the way for files on a network file system and
-                files that somebody may shorten, where a map ends the process by a signal.
+            io: Read through a memory map (``mmap``), or by ``pread``: slower for small rows, and the way for files on a
+                network file system and files that somebody may shorten, where a map ends the process by a signal.
+                ``auto`` maps files up to 256 MiB, since what is mapped counts as memory of the process.
 
         Raises:
             UsageError: ``verify`` or ``io`` is none of these.
@@ -219,6 +224,10 @@ class HDF5Store(Store):
                 pwrite_all(self._handles.fd, bytes(RECORD_BYTES), self._table.position(row))
         self._mark(rows, present=False)
 
+    def pin(self) -> None:
+        """Read into pinned memory from now on, for batches that go to a CUDA device; a forked child cannot."""
+        self._recycler.pin = True  # needs CUDA
+
     def unverified(self, name: str, rows: Tensor) -> Tensor:
         """One field of some rows as the file has it, absent and damaged rows too: to look for rows, not to use them."""
         rows = self._checked(rows)
@@ -243,7 +252,8 @@ class HDF5Store(Store):
         self._handles.close()
 
     def after_fork_in_child(self) -> None:
-        """A child reads what its parent opened; writing stays with the parent, which holds the locks."""
+        """A child reads what its parent opened; writing stays with the parent, which holds the locks, as CUDA does."""
+        self._recycler.pin = False
         self.writable = False
         self._handles.drop_writer()
 

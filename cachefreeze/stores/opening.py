@@ -117,7 +117,10 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
     if tier == "host" and not place:
         return HostStore(wanted.spec)
     if tier == "hdf5" and place:
-        return _open_file(Path(place).expanduser(), wanted)
+        file = _open_file(Path(place).expanduser(), wanted)
+        if wanted.device.type == "cuda":  # needs CUDA
+            file.pin()
+        return file
     raise UsageError(
         f"store={where!r}: expected 'auto', 'device', 'host', 'hdf5:DIR', 'off', or a Store"
         + (" (give the folder: 'hdf5:DIR')" if tier == "hdf5" else "")
@@ -216,7 +219,7 @@ def _spread_over_tiers(wanted: Wanted, folder: str) -> Store | None:
     return store
 
 
-def _open_file(place: Path, wanted: Wanted) -> Store:
+def _open_file(place: Path, wanted: Wanted) -> HDF5Store:
     if _names_a_file(place):
         return _matching(place, wanted) if place.exists() else _create(place, wanted)
     folder, again = _folder(place), 0
@@ -260,7 +263,7 @@ def _folder(place: Path) -> Path:
     return place
 
 
-def _matching(path: Path, wanted: Wanted) -> Store:
+def _matching(path: Path, wanted: Wanted) -> HDF5Store:
     if not _serves(path, wanted):
         header = read_header(path)
         found = StoreSpec(rows=header.rows, fields=header.fields)
@@ -271,7 +274,7 @@ def _matching(path: Path, wanted: Wanted) -> Store:
     return HDF5Store.open(path)
 
 
-def _create(path: Path, wanted: Wanted) -> Store:
+def _create(path: Path, wanted: Wanted) -> HDF5Store:
     deadline = time.monotonic() + _CREATION_SECONDS
     while True:
         try:

@@ -30,14 +30,22 @@ _ALONE = 3
 
 @final
 class Recycler:
-    """Uninitialised CPU tensors in memory of earlier ones. Usable from several threads; a copy begins anew."""
+    """Uninitialised CPU tensors in memory of earlier ones. Usable from several threads; a copy begins anew.
+
+    Attributes:
+        pin: Give pinned memory, for batches that go to a CUDA device. torch uses it again, once what was copied out of
+            it without waiting has run.
+    """
 
     def __init__(self) -> None:
+        self.pin = False
         # each with where it is aligned
         self._blocks: deque[tuple[NDArray[np.uint8], int]] = deque()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As ``torch.empty``; what it holds is rubbish."""
+        if self.pin:  # needs CUDA
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
         nbytes = prod(shape) * dtype.itemsize
         if nbytes < _LEAST_BYTES:
             return torch.empty(shape, dtype=dtype)

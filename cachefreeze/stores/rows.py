@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, final
 
 import numpy as np
@@ -75,9 +74,3 @@ def row_digest(parts: Sequence[Any]) -> int:
     for part in parts:
         digest.update(part)
     return digest.intdigest()
-
-
-def stretches(index: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the stretches of ``index`` that count up by one: each is one write, or one lock."""
-    edges = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
-    return pairwise(edges if len(index) else [])

@@ -1,7 +1,9 @@
-"""The bytes of a cache file: through a memory map, or by ``pread`` where maps are not to be trusted.
+"""The bytes of a cache file: through a memory map, or by ``pread`` where the file is large or maps are not trusted.
 
-A map is the faster of the two on a local disk. On a network file system, or a file that somebody may shorten, a page
-that cannot be had kills the process by SIGBUS; ``pread`` raises instead.
+A map is the faster of the two on a local disk while its pages stay mapped, and then they count as memory of the
+process. Of a large file they would have to be unmapped again, and to map a page anew costs more than to read a row. On
+a network file system, or a file that somebody may shorten, a page that cannot be had kills the process by SIGBUS;
+``pread`` raises instead.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import errno
 import mmap
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, Literal, final
 
 import numpy as np
@@ -18,14 +22,10 @@ from numpy.typing import NDArray
 
 from cachefreeze.stores.system import pread_into
 
-IO = Literal["mmap", "pread"]
+IO = Literal["auto", "mmap", "pread"]
 
-# Pages of one mapped file that a process holds at most: a run's peak does not grow with its rows, and smaller files
-# are never unmapped. The pages stay in the page cache, so to take one up again costs a fault and no read.
-MAPPED_BYTES = 1 << 30
-# With the page that is touched Linux maps others around it.
-# Source: fault_around_bytes, https://docs.kernel.org/admin-guide/mm/ (debugfs), 64 KiB unless it is changed
-_AROUND_BYTES = 1 << 16
+# Largest file that "auto" maps: as much as a run's peak may differ by with the rows of a store.
+MAPPED_BYTES = 256 << 20
 
 
 class Source(ABC):
@@ -56,13 +56,9 @@ class Mapped(Source):
         self._mapping = mmap.mmap(fd, file_bytes, access=mmap.ACCESS_READ)
         self._bytes: NDArray[Any] = np.frombuffer(self._mapping, np.uint8)
         self._tables: dict[tuple[int, int], NDArray[Any]] = {}
-        self._held_bytes = 0
-        self._bounded = file_bytes > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED")
 
     def at(self, offset: int, size_bytes: int) -> NDArray[np.uint8]:
         """A view; no copy."""
-        if self._bounded:
-            self._hold(size_bytes, 1)
         return self._bytes[offset : offset + size_bytes]
 
     def take(self, offset: int, index: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
@@ -73,24 +69,13 @@ class Mapped(Source):
             records = (len(self._bytes) - offset) // record_bytes
             table = self._bytes[offset : offset + records * record_bytes].reshape(records, record_bytes)
             self._tables[offset, record_bytes] = table
-        if self._bounded:
-            self._hold(out.nbytes, len(index))
         # "clip" as "raise" gathers into a second buffer first; the caller has checked the indices
         table.take(index, axis=0, out=out, mode="clip")
-
-    def _hold(self, size_bytes: int, places: int) -> None:
-        """Make room for the pages of a read, at most as many as it may map."""
-        more = size_bytes + places * _AROUND_BYTES
-        if self._held_bytes + more > MAPPED_BYTES:
-            self._mapping.madvise(mmap.MADV_DONTNEED)
-            self._held_bytes = 0
-        self._held_bytes += more
 
     def close(self) -> None:
         """Unmap, unless a read in another thread still gathers: then when that ends."""
         self._tables.clear()
         self._bytes = self._bytes[:0].copy()
-        self._bounded = False
         with suppress(BufferError):
             self._mapping.close()
 
@@ -109,10 +94,15 @@ class Read(Source):
         return made
 
     def take(self, offset: int, index: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """One call per record."""
+        """One call per stretch of neighbours."""
         record_bytes = out.shape[1]
-        for row, at in zip(out, index.tolist(), strict=True):
-            self._into(row.data, offset + at * record_bytes)
+        assert out.flags.c_contiguous  # or what is read would go into a copy
+        place = out.reshape(-1).data
+        starts = (offset + index * record_bytes).tolist()
+        for start, stop in stretches(index):
+            part = place[start * record_bytes : stop * record_bytes]
+            if os.preadv(self._fd, [part], starts[start]) != len(part):
+                self._into(part, starts[start])  # it may come in pieces
 
     def _into(self, place: memoryview, offset: int) -> None:
         missing_bytes = len(place) - pread_into(self._fd, place, offset)
@@ -128,4 +118,11 @@ class Read(Source):
 
 def open_source(io: IO, fd: int, file_bytes: int) -> Source:
     """The source that ``io`` names."""
-    return Mapped(fd, file_bytes) if io == "mmap" else Read(fd)
+    mapped = file_bytes <= MAPPED_BYTES if io == "auto" else io == "mmap"
+    return Mapped(fd, file_bytes) if mapped else Read(fd)
+
+
+def stretches(index: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the stretches of ``index`` that count up by one: each is one read, one write, or one lock."""
+    edges = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
+    return pairwise(edges if len(index) else [])
