@@ -315,6 +315,22 @@ def test_ceiling(tmp_path):
 
 
 @pytest.mark.slow
+def test_scaling(tmp_path):
+    """Every size of every sweep has its epochs in both tiers, and the plot is drawn."""
+    out, drawn = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    lines = run("scaling.py", tmp_path, "--smoke", "--out", str(out), "--plot", str(drawn))
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    assert {(case["sweep"], case["tier"]) for case in found["cases"]} == {
+        (sweep, tier) for sweep in ("rows", "floats", "batch") for tier in ("host", "hdf5")
+    }
+    assert len(found["cases"]) == 12
+    assert all(len(case["epoch_seconds"]) == 1 for case in found["cases"])
+    assert all(len(took) == 2 for took in found["epochs"].values())
+    assert drawn.stat().st_size
+
+
+@pytest.mark.slow
 def test_memory(tmp_path):
     """Each size is filled and reopened, and what the kernel reported is kept; its files are gone."""
     out, rows = tmp_path / "memory.json", tmp_path / "rows"

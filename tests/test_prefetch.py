@@ -227,3 +227,16 @@ def test_an_error_is_raised_once():
             ahead.take()
         ahead.ask([1])
         assert ahead.take()["x"].tolist() == [1]
+
+
+def test_a_sampler_s_error_belongs_to_the_next_batch():
+    """The batch before it is given first."""
+
+    def source():
+        yield [0]
+        raise KeyError("no more")
+
+    pairs = with_following(source(), 9)
+    assert next(pairs) == ([0], None)
+    with pytest.raises(KeyError):
+        next(pairs)
