@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import StoreError
@@ -105,8 +106,20 @@ class _Stored:
         """Rows stand for samples of the same index."""
         return batches
 
-    def batch(self, rows: Sequence[int], counts: PassCounts, computed: Sequence[Computed]) -> Any:
-        values = move(self._store.read(index_of(rows)), self._device)
+    def lane(self) -> None:
+        """What a read costs is asked for, so none is hidden behind a step."""
+
+    def read_ahead(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return self._store.read(index_of(rows))
+
+    def batch(
+        self,
+        rows: Sequence[int],
+        counts: PassCounts,
+        computed: Sequence[Computed],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        values = move(self.read_ahead(rows) if stored is None else stored, self._device)
         return Rows([values["row"]], self._mode, self), values["label"]
 
 
