@@ -100,7 +100,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
             ]
             x = [case[what] * (4 if what == "floats" else 1) for case in cases]
             axis.errorbar(x, middle, yerr=spread, marker="o", capsize=3, label=tier)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="us a row in a cached epoch")
+        axis.set(xscale="log", yscale="log", ylim=(0.5, 100), xlabel=label, ylabel="us a row in a cached epoch")
         axis.legend()
     for tier, took in found["epochs"].items():
         axes[3].plot(range(1, len(took) + 1), torch.tensor(took).cumsum(0), marker=".", label=tier)
