@@ -58,9 +58,9 @@ def test_what_is_held_is_left_alone():
 
 
 def test_what_counts_of_references_say_does_not_matter(monkeypatch):
-    """Python 3.14 counts one less for the same object."""
+    """Python 3.14 counts one less for the same object than earlier ones."""
     count = sys.getrefcount
-    monkeypatch.setattr(sys, "getrefcount", lambda value: count(value) - 1)
+    monkeypatch.setattr(sys, "getrefcount", lambda value: count(value) - 2)  # one is its own
     recycler = Recycler()
     held = made(recycler).fill_(1)
     made(recycler).fill_(-1)
