@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,21 +184,29 @@ def _mapping_like(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
 
 
 def _elements(batch: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]]:
-    """Names and values of the outermost elements, and how to put such a batch together again."""
+    """Names and values of the outermost elements, and how to put such a batch together again (which can be pickled)."""
     if isinstance(batch, Tensor):
-        return [0], [batch], lambda items: items[0]
+        return [0], [batch], operator.itemgetter(0)
     kind: Any = type(batch)
     if isinstance(batch, Mapping):
         keys = list(batch)
-        return keys, list(batch.values()), lambda items: kind(dict(zip(keys, items, strict=True)))
+        return keys, list(batch.values()), partial(_filled, kind, keys)
     if isinstance(batch, tuple | list):
         if hasattr(batch, "_fields"):
-            return [*range(len(batch))], list(batch), lambda items: kind(*items)
-        return [*range(len(batch))], list(batch), lambda items: kind(items)
+            return [*range(len(batch))], list(batch), partial(_spread, kind)
+        return [*range(len(batch))], list(batch), kind
     raise FieldError(
         f"a batch of type {type(batch).__name__} cannot be taken apart; have the collate function return a tensor, "
         "a tuple, a list or a dict of tensors"
     )
+
+
+def _filled(kind: Any, keys: list[Any], items: list[Any]) -> Any:
+    return kind(dict(zip(keys, items, strict=True)))
+
+
+def _spread(kind: Any, items: list[Any]) -> Any:
+    return kind(*items)
 
 
 def _consumed(batch: Any, names: list[Any], inputs: Inputs, arguments: Sequence[str]) -> tuple[Any, ...]:

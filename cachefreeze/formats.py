@@ -8,7 +8,8 @@ that are only listed: the activations, and the item without the pixels of its im
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any, final
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from cachefreeze.batches import map_tensors
 from cachefreeze.errors import LoaderError
+from cachefreeze.listed_samples import ListedSamples
 from cachefreeze.padding import Padded, input_leaves
+from cachefreeze.ragged import RaggedSamples
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
 from cachefreeze.splitting.boundary import BoundaryTensor
@@ -68,9 +71,10 @@ class RowFormat(ABC):
         """The raw batch of some samples. Random states are as before afterwards."""
         return self.view.fetch(rows, self.collate)
 
+    @property
     @abstractmethod
-    def collate(self, samples: list[Any]) -> Any:
-        """The raw batch of a dataset's items."""
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """Makes the raw batch of a dataset's items. It goes to workers, and takes nothing of the model along."""
 
     @abstractmethod
     def example(self, rows: Sequence[int], raw: Any) -> Example:
@@ -151,9 +155,10 @@ class UniformRows(RowFormat):
         self.fields = (*(codec.field for codec in self._codecs), *beside)
         self.attributes = {f"field.{i}": path for i, path in enumerate(view.layout.field_names)}
 
-    def collate(self, samples: list[Any]) -> Any:
-        """The user's batch."""
-        return self.view.collate_fn(samples)
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """The user's own."""
+        return self.view.collate_fn
 
     def example(self, rows: Sequence[int], raw: Any) -> Example:
         """Of the user's batch.
@@ -234,10 +239,10 @@ class RaggedRows(RowFormat):
         codec = self._codec(number, spec, (lengths[axis].longest, *rest))
         return codec, FieldSpec.ragged(name=codec.name, lengths=lengths[axis], rest=rest, dtype=codec.stored)
 
-    def collate(self, samples: list[Any]) -> Any:
-        """The bytes of the items, and the user's batch of what is read back from them, as in every later pass."""
-        data = [self._samples.codec.encode(sample) for sample in samples]
-        return data, self._samples.batch(data)
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """Makes the bytes of the items, and the user's batch of what is read back from them, as in later passes."""
+        return partial(_read_back, self._samples)
 
     def example(self, rows: Sequence[int], raw: Any) -> Example:
         """Of the user's batch."""
@@ -295,9 +300,10 @@ class ListedRows(RowFormat):
             "raw": "items of the dataset with the sizes of images in their place, as a JSON list and bytes"
         }
 
-    def collate(self, samples: list[Any]) -> Any:
-        """The bytes of the items, and the user's batch."""
-        return [self._samples.encode(sample) for sample in samples], self._samples.batch(samples)
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """Makes the bytes of the items, and the user's batch."""
+        return partial(_with_bytes, self._samples)
 
     def example(self, rows: Sequence[int], raw: Any) -> Example:
         """Of the user's batch."""
@@ -319,6 +325,15 @@ class ListedRows(RowFormat):
         """In the user's own batch, in the place of every list that the model consumes."""
         given = rows.with_lists(self._samples.given(batch))
         return self.view.layout.replace(batch, given.beside)
+
+
+def _read_back(samples: RaggedSamples, items: list[Any]) -> tuple[list[bytes], Any]:
+    data = [samples.codec.encode(item) for item in items]
+    return data, samples.batch(data)
+
+
+def _with_bytes(samples: ListedSamples, items: list[Any]) -> tuple[list[bytes], Any]:
+    return [samples.encode(item) for item in items], samples.batch(items)
 
 
 def _raw_field(item_bytes: Tensor) -> FieldSpec:

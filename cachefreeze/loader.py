@@ -207,8 +207,9 @@ class RowSource(Protocol):
         """The collated raw batch of ``rows``, in this process."""
         ...
 
-    def collate(self, samples: list[Any]) -> Any:
-        """The user's collate function; an empty list gives None."""
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """The user's collate function, for a worker; an empty list gives None."""
         ...
 
     def progress(self) -> str:

@@ -169,7 +169,11 @@ class Revision:
         by_key = {keys[row]: row for row in np.flatnonzero(present).tolist()}
         by_inputs = {inputs[row]: row for row in np.flatnonzero(present & (inputs != 0)).tolist()}
         plan.sources = {row: by_key[wanted[row]] for row in wrong.tolist() if wanted[row] in by_key}
-        unknown = [row for row in wrong.tolist() if row not in plan.sources]
+        # a key does not tell what follows from the sample's place, such as an index that goes with its label
+        plan.fetched.update(plan.sources)
+        # what was made of the same as a sample that changed may have been made from it: a dataset's stopgap
+        like = np.isin(inputs, inputs[wrong]) & (inputs != 0) & present & (keys == wanted)
+        unknown = [row for row in wrong.tolist() if row not in plan.sources] + np.flatnonzero(like).tolist()
         for start in range(0, len(unknown), _BATCH_ROWS):
             some = unknown[start : start + _BATCH_ROWS]
             for row, found in zip(some, self._inputs(some).tolist(), strict=True):

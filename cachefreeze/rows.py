@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -239,9 +240,10 @@ class StoredRows:
         """The raw batch of ``rows``."""
         return self.format.fetch(rows)
 
-    def collate(self, samples: list[Any]) -> Any:
-        """The raw batch of a dataset's items; an empty list gives None."""
-        return self.format.collate(samples) if samples else None
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """Makes the raw batch of a dataset's items; an empty list gives None."""
+        return partial(_collate_some, self.format.collate)
 
     def compute(self, rows: Sequence[int], raw: Any) -> Computed:
         """Run the prefix over the raw batch of ``rows``; write those that no other process has or is about to write."""
@@ -503,6 +505,10 @@ class StoredRows:
             f"the cache of {self.name!r} matches by fingerprint, but {what} differs from what is computed now{how}: "
             "the data changed in a way that no fingerprint sees. Remove the file, or pass version= to the loader"
         )
+
+
+def _collate_some(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    return collate(samples) if samples else None
 
 
 def index_of(rows: Sequence[int]) -> Tensor:

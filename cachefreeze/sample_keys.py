@@ -7,8 +7,9 @@ path, size and time of modification. Samples with equal keys are the same; of ot
 from __future__ import annotations
 
 import copy
+import os
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -17,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from cachefreeze.fingerprint import digest, tensor_bytes
 from cachefreeze.generators import preserved_generators
@@ -25,6 +26,8 @@ from cachefreeze.isolation import preserved_random_state
 
 # Samples that are fetched to see which element of each list they take.
 _PROBED = 4
+# Datasets within datasets that are looked into.
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -68,25 +71,23 @@ def keyed(dataset: Any) -> Keyed | None:
         state = {name: value for name, value in state.items() if name not in columns}
     if not columns:
         return None
-    root = state.get("root")
-    found = np.stack([_element_digests(columns[name], root) for name in sorted(columns)], axis=1)
+    folders = _folders(dataset)
+    found = np.stack([_element_digests(columns[name], folders) for name in sorted(columns)], axis=1)
     keys = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in found), np.uint64, len(found)).view(np.int64)
-    return Keyed(keys, (type(dataset).__qualname__, sorted(columns), _without_places(state)))
+    return Keyed(keys, (type(dataset).__qualname__, sorted(columns), _told(state, folders)))
 
 
-def described(dataset: Any) -> Any:
-    """All that a dataset is made of, without the folder it lies in."""
+def described(dataset: Any, depth: int = 0) -> Any:
+    """All that a dataset is made of, without the folder it lies in and without :func:`listed_labels`."""
     if isinstance(dataset, Subset):
-        return ("Subset", list(dataset.indices), described(dataset.dataset))
+        return ("Subset", list(dataset.indices), described(dataset.dataset, depth))
     if isinstance(dataset, ConcatDataset):
-        return ("ConcatDataset", [described(inner) for inner in dataset.datasets])
+        return ("ConcatDataset", [described(inner, depth) for inner in dataset.datasets])
     state = dict(vars(dataset)) if hasattr(dataset, "__dict__") else {}
-    files = [value for value in state.values() if _lists_files(value)]
-    kept = {
-        name: value for name, value in state.items() if not _lists_files(value) and name not in ("targets", "labels")
-    }
-    root = state.get("root")
-    return (type(dataset).__qualname__, _without_places(kept), [_file_facts(listing, root) for listing in files])
+    folders = _folders(dataset)
+    labels = () if depth else ("targets", "labels")
+    kept = {name: value for name, value in state.items() if name not in labels or _files_at(value, folders)}
+    return (type(dataset).__qualname__, _told(kept, folders, depth))
 
 
 def listed_labels(dataset: Any) -> Any:
@@ -94,6 +95,8 @@ def listed_labels(dataset: Any) -> Any:
     if isinstance(dataset, Subset):
         inner = listed_labels(dataset.dataset)
         return None if inner is None else (inner, list(dataset.indices))
+    if isinstance(dataset, ConcatDataset):
+        return [listed_labels(inner) for inner in dataset.datasets]
     return getattr(dataset, "targets", getattr(dataset, "labels", None))
 
 
@@ -177,7 +180,7 @@ def _repeats(value: Any, other: Any) -> bool:
     return all(isinstance(a, plain) and isinstance(b, tuple) and a in b for a, b in zip(value, other, strict=True))
 
 
-def _element_digests(column: Any, root: Any) -> NDArray[np.uint64]:
+def _element_digests(column: Any, folders: Sequence[Path]) -> NDArray[np.uint64]:
     """(samples,) xxh3_64 of each element."""
     if isinstance(column, Tensor | np.ndarray) and column.dtype != object:
         head = str((tuple(column.shape[1:]), column.dtype)).encode()
@@ -189,7 +192,8 @@ def _element_digests(column: Any, root: Any) -> NDArray[np.uint64]:
         )
         rows = np.frombuffer(data, np.uint8).reshape(len(column), -1)
         return np.fromiter((xxhash.xxh3_64_intdigest(row.data, seed) for row in rows), np.uint64, len(rows))
-    listing = _file_facts(column, root) if _lists_files(column) else column
+    files = _files_at(column, folders)
+    listing = _file_facts(column, files, folders) if files else column
     digests = (xxhash.xxh3_64_intdigest(_text(element)) for element in listing)
     return np.fromiter(digests, np.uint64, len(listing))
 
@@ -202,32 +206,68 @@ def _text(element: Any) -> bytes:
     return digest(element).encode()
 
 
-def _without_places(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != "root" and not _is_path(value)}
+def _told(state: Mapping[str, Any], folders: Sequence[Path], depth: int = 0) -> dict[str, Any]:
+    """Attributes of a dataset but for places, with what is known of the files and datasets among them."""
+    told = {}
+    for name, value in state.items():
+        if name == "root" or _is_path(value):
+            continue
+        files = _files_at(value, folders)
+        if files:
+            told[name] = _file_facts(value, files, folders)
+        elif isinstance(value, Dataset) and depth < _MAX_DEPTH:
+            told[name] = described(value, depth + 1)
+        elif type(value) in (list, tuple) and value and isinstance(value[0], Dataset) and depth < _MAX_DEPTH:
+            told[name] = [described(part, depth + 1) for part in value]
+        else:
+            told[name] = value
+    return told
 
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "./", "../")))
 
 
-def _lists_files(value: Any) -> bool:
-    """A list of paths, or of (path, label) as torchvision's folders keep them."""
+def _folders(dataset: Any) -> list[Path]:
+    """Where names of files may start: at ``root``, another folder among the attributes, or the working directory."""
+    state = vars(dataset) if hasattr(dataset, "__dict__") else {}
+    named = [state.get("root"), *state.values()]
+    # os.path takes any string; pathlib raises for one that is too long for a name
+    return [Path(value) for value in named if isinstance(value, str | Path) and os.path.isdir(value)] + [Path()]  # noqa: PTH112
+
+
+def _parts(item: Any) -> tuple[Any, ...]:
+    """An element of a list, taken apart: a path, (path, label) as torchvision's folders keep them, or a dict."""
+    if isinstance(item, dict):
+        return tuple(item.values())
+    return tuple(item) if isinstance(item, tuple | list) else (item,)
+
+
+def _files_at(value: Any, folders: Sequence[Path]) -> dict[int, Path]:
+    """Which parts of a list's elements name files, and in which folder; nothing where it lists none."""
     if not isinstance(value, list | tuple) or not value:
-        return False
-    first = value[0][0] if isinstance(value[0], tuple | list) and value[0] else value[0]
-    return isinstance(first, str | Path) and Path(first).is_file()
+        return {}
+    names = {at: name for at, name in enumerate(_parts(value[0])) if isinstance(name, str | Path)}
+    found = {at: [one for one in folders if os.path.isfile(one / name)] for at, name in names.items()}  # noqa: PTH113
+    return {at: places[0] for at, places in found.items() if places}
 
 
-def _file_facts(listing: Sequence[Any], root: Any) -> list[Any]:
+def _file_facts(listing: Sequence[Any], files: Mapping[int, Path], folders: Sequence[Path]) -> list[Any]:
+    """The elements, with relative path, size and time of modification of each file in place of its path."""
     facts: list[Any] = []
     for item in listing:
-        path = Path(item[0] if isinstance(item, tuple | list) else item)
-        rest = item[1:] if isinstance(item, tuple | list) else ()
-        try:
-            status = path.stat()
-            shown = path.relative_to(root) if root is not None else Path(path.name)
-        except (OSError, ValueError):
-            facts.append((path.name, rest))
-            continue
-        facts.append((shown.as_posix(), status.st_size, status.st_mtime_ns, rest))
+        told: list[Any] = list(item) if isinstance(item, dict) else []
+        for at, part in enumerate(_parts(item)):
+            told += _facts_of(files[at] / part, folders) if at in files and isinstance(part, str | Path) else [part]
+        facts.append(tuple(told))
     return facts
+
+
+def _facts_of(path: Path, folders: Sequence[Path]) -> list[Any]:
+    *named, _ = folders
+    shown = next((path.relative_to(one).as_posix() for one in named if path.is_relative_to(one)), path.name)
+    try:
+        status = path.stat()
+    except OSError:
+        return [shown]
+    return [shown, status.st_size, status.st_mtime_ns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import namedtuple
 
@@ -20,10 +21,12 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 import cachefreeze as cf
 from cachefreeze.errors import BatchDependentError, FieldError, LoaderError, UsageError
+from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState
 from cachefreeze.loader import Rows
 
@@ -414,3 +417,36 @@ def test_the_baseline_takes_any_data():
     """Batches that cannot be taken apart are no error where nothing is cached; registration order has to do."""
     engine = cf.Engine(Untraceable(), "off")
     assert engine.loader(DataLoader(list("abcd"), 2, collate_fn=set)).source == "live"
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+def as_pair(items):
+    return Pair(*default_collate(items))
+
+
+def as_dict(items):
+    return {"input": default_collate(items)[0]}
+
+
+def as_tensor(items):
+    return default_collate(items)[0]
+
+
+@pytest.mark.parametrize("collate", [default_collate, as_pair, as_dict, as_tensor])
+def test_spawned_workers_take_the_users_function_along_and_nothing_else(collate):
+    """What goes to a worker can be pickled and says nothing of the model: Python 3.14 forks none by default."""
+    model = nn.Sequential(nn.Linear(4, 1000), nn.ReLU(), nn.Linear(1000, 2))
+    cf.freeze(model, "2")
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8))
+    rows = cf.Engine(model, "host").loader(DataLoader(data, 4, collate_fn=collate)).rows
+    packed = pickle.dumps(rows.collate)
+    assert len(packed) < 1000
+    items = [data[0], data[5]]
+    assert digest(pickle.loads(packed)(items)) == digest(collate(items))
+    assert pickle.loads(packed)([]) is None
+    again = pickle.loads(pickle.dumps(rows.view.layout))
+    assert digest(again.assemble(1, again.field_tensors(collate(items)))) == digest(
+        rows.view.layout.assemble(1, rows.view.layout.field_tensors(collate(items)))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -155,6 +156,23 @@ def test_auto_spreads_rows(tmp_path, monkeypatch, free):
     everything = torch.arange(160)
     store.write(everything, values(spec, everything))
     assert_same(store.read(everything), values(spec, everything))
+
+
+def test_a_part_on_disk_is_one_samples(tmp_path, monkeypatch):
+    """What tells samples of one fingerprint from those of another also does for a part of its rows."""
+    monkeypatch.setattr(opening, "free_host_bytes", lambda: 2_000)
+    monkeypatch.setattr(opening, "free_disk_bytes", lambda folder: 3_000)
+    spec = one_field(shape=(5,), rows=160)
+    everything = torch.arange(160)
+    for digest in "ab":
+        wanted = opening.Wanted(
+            spec=spec, name="train", boundary="fc", fingerprint={"rows": digest}, attributes={},
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        with closing(opening.open_store(f"auto:{tmp_path}", wanted)) as store:
+            assert store.count == 0
+            store.write(everything, values(spec, everything))
+            store.commit()
 
 
 def test_training_from_a_mixed_store(tmp_path):

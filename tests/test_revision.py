@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,77 @@ def test_files(tmp_path, caplog):
     assert len(list(cache.glob("*.h5"))) == 1
 
 
+class Captions(Dataset):
+    """Two samples of every file."""
+
+    def __init__(self, root):
+        self.paths = sorted(root.glob("*/*.pt"))
+        self.captions = list(range(2 * len(self.paths)))
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, index):
+        return torch.load(self.paths[self.captions[index] // 2], weights_only=True), index
+
+
+class Wrapped(Captions):
+    """Another dataset's samples, under labels of its own."""
+
+    def __init__(self, root):
+        self.base, self.captions = Files(root), list(range(60))
+
+    def __getitem__(self, index):
+        return self.base[index][0], self.captions[index]
+
+
+class Named(Captions):
+    """Names within a folder, each beside a file of the label."""
+
+    def __init__(self, root):
+        self.folder = root
+        names = [str(path.relative_to(root)) for path in sorted(root.glob("*/*.pt"))]
+        self.captions = [{"id": i, "image": name, "label": name} for i, name in enumerate(names)]
+
+    def __getitem__(self, index):
+        return torch.load(self.folder / self.captions[index]["image"], weights_only=True), index
+
+
+class Joined(Wrapped):
+    """Parts that nobody can take apart; the labels are those of the parts."""
+
+    def __init__(self, root):
+        self.parts, self.captions = [Files(root)], list(range(60))
+
+    def __getitem__(self, index):
+        return self.parts[0][index]
+
+
+@pytest.mark.parametrize("kind", [Captions, Wrapped, Named, Joined])
+def test_an_edited_file_is_seen(kind, tmp_path):
+    """However a dataset lists its files."""
+    folder, cache = make_files(tmp_path / "data"), tmp_path / "cache"
+    Run(cache, kind(folder))
+    assert Run(cache, kind(folder)).numbers == (0, 0, 0)
+    torch.save(torch.full((6,), 700.0), folder / "0" / "042.pt")
+    assert Run(cache, kind(folder)).counts.computed > 0
+    check(cache, kind(folder))
+
+
+def test_texts_are_no_files():
+    """Nor are strings that no file system would take for a name."""
+    texts = Pairs(torch.zeros(4, 6), ["a" * 5000, "b\0", "", "c"])
+    assert len(set(keyed(texts).keys.tolist())) == 4
+
+
+def test_labels_of_parts_are_seen(tmp_path):
+    """Of parts whose samples cannot be told apart."""
+    x, y = make_tensors()
+    Run(tmp_path, ConcatDataset([Batched(x, y.tolist())]))
+    y[41] += 1
+    assert torch.equal(Run(tmp_path, ConcatDataset([Batched(x, y.tolist())])).labels, y)
+
+
 def test_another_fold_is_another_file(tmp_path, caplog):
     """A dataset of which more than a twentieth is new is not taken for a correction."""
     x, y = make_tensors()
@@ -341,6 +413,46 @@ def test_a_sample_that_changes_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(revision, "input_digests", counting)
     assert Run(tmp_path, data).numbers == (1, 0, 1)
+
+
+class Placed(Pairs):
+    """What it gives also follows from a sample's place: an index beside the label, every other input twice as large."""
+
+    def __getitem__(self, index):
+        return self.x[index] * (1 + index % 2), self.labels[index], index
+
+
+def halves(x, labels):
+    """The same samples twice, under two parameters of theirs."""
+    half = ROWS // 2
+    return ConcatDataset([Pairs(x[:half], labels[:half], scale) for scale in (1.0, 2.0)])
+
+
+class Stopgap(Pairs):
+    """Sample 17 cannot be read: sample 16 stands in for it."""
+
+    def __getitem__(self, index):
+        index = 16 if index == 17 else index
+        return self.x[index], self.labels[index]
+
+
+@pytest.mark.parametrize("kind", [Placed, halves, Stopgap])
+def test_a_key_does_not_tell_all(kind, tmp_path):
+    """Samples with known keys move, and are edited: every row and field is that of a new cache."""
+    x, labels = torch.randn(ROWS, 6), [0] * ROWS
+
+    def batches(folder, data):
+        with closing(cf.Engine(make_model(), f"hdf5:{folder}")) as engine:
+            return [(rows.tensors[0].clone(), *fields) for rows, *fields in engine.loader(DataLoader(data, 16))]
+
+    batches(tmp_path, kind(x, labels))
+    x = x[[*range(20), 21, 20, *range(22, ROWS)]].clone()
+    x[16], labels = 1.0, [*labels]
+    labels[16] = 2
+    for _ in range(2):
+        found = batches(tmp_path, kind(x, labels))
+        torch.testing.assert_close(found, batches(tmp_path / "new", kind(x, labels)))
+    assert len(list(tmp_path.glob("*.h5"))) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -203,7 +203,7 @@ def _spread_over_tiers(wanted: Wanted, folder: str) -> Store | None:
             part = replace(
                 wanted,
                 spec=part_of(wanted.spec, start, stop),
-                fingerprint={**wanted.fingerprint, "rows": f"{start}..{stop - 1}"},
+                fingerprint={**wanted.fingerprint, "part": f"{start}..{stop - 1}"},
                 beside=(),
                 of_rows=frozenset(),
                 revision=None,

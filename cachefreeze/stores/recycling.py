@@ -2,13 +2,14 @@
 
 A fresh batch of some megabytes is memory that the kernel maps, fills with zeros page by page, and takes back after the
 step: several times the cost of copying the rows. What is handed out here is just as fresh to its user. A block is used
-again only when neither a tensor nor a view, an autograd graph or an array holds it, which its reference count tells:
-torch keeps a reference to the array that a storage lies in for as long as the storage lives.
+again only when neither a tensor nor a view, an autograd graph or an array holds it: torch keeps the very array that a
+storage was made from for as long as the storage lives, and a weak reference tells whether that array is gone. Counts
+of references would not do: what they count differs between versions of Python.
 """
 
 from __future__ import annotations
 
-import sys
+import weakref
 from collections import deque
 from math import prod
 from typing import final
@@ -24,8 +25,6 @@ _LEAST_BYTES = 1 << 20
 _BLOCKS = 3
 # As torch aligns its own memory: kernels may sum in another order elsewhere.
 _ALIGNMENT = 64
-# References to a block that nobody else holds: its place in the pool, the local name, the argument of getrefcount.
-_ALONE = 3
 
 
 @final
@@ -39,8 +38,8 @@ class Recycler:
 
     def __init__(self) -> None:
         self.pin = False
-        # each with where it is aligned
-        self._blocks: deque[tuple[NDArray[np.uint8], int]] = deque()
+        # each with where it is aligned, and the array within it that was handed out last
+        self._blocks: deque[tuple[NDArray[np.uint8], int, weakref.ref[NDArray[np.uint8]]]] = deque()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As ``torch.empty``; what it holds is rubbish."""
@@ -57,18 +56,20 @@ class Recycler:
                 held = self._blocks.popleft()  # out of the queue no other thread sees it
             except IndexError:
                 break
-            block, start = held
-            fits = nbytes + _ALIGNMENT <= block.nbytes <= 2 * nbytes + _ALIGNMENT
-            found = block[start : start + nbytes] if fits and sys.getrefcount(block) == _ALONE else None
+            block, start, last = held
+            if nbytes + _ALIGNMENT <= block.nbytes <= 2 * nbytes + _ALIGNMENT and last() is None:
+                return self._handed_out(block, start, nbytes)
             self._blocks.append(held)
-            if found is not None:
-                return found
         block = np.empty(nbytes + _ALIGNMENT, np.uint8)
-        start = -block.ctypes.data % _ALIGNMENT
-        self._blocks.append((block, start))
+        made = self._handed_out(block, -block.ctypes.data % _ALIGNMENT, nbytes)
         while len(self._blocks) > _BLOCKS:
             self._blocks.popleft()
-        return block[start : start + nbytes]
+        return made
+
+    def _handed_out(self, block: NDArray[np.uint8], start: int, nbytes: int) -> NDArray[np.uint8]:
+        made = block[start : start + nbytes]
+        self._blocks.append((block, start, weakref.ref(made)))
+        return made
 
     def __reduce__(self) -> tuple[type[Recycler], tuple[()]]:
         return Recycler, ()
