@@ -175,6 +175,37 @@ def test_a_part_on_disk_is_one_samples(tmp_path, monkeypatch):
             store.commit()
 
 
+def test_a_share_of_empty_texts_alone_is_refused():
+    """No store holds a field without bytes, so such rows cannot be a share of their own."""
+    field = FieldSpec.ragged(name="text", lengths=[0, 0, 3], rest=(2,), dtype=torch.float32)
+    with pytest.raises(StoreError, match="rows 0 to 1 of ragged 'text' are all empty"):
+        part_of(StoreSpec(rows=3, fields=(field,)), 0, 2)
+
+
+def test_a_share_that_cannot_be_made_takes_the_others_along(monkeypatch):
+    """What was opened for a spread store is closed again when a later tier fails."""
+    opened = []
+
+    class Opened(HostStore):
+        def __init__(self, spec, device):
+            super().__init__(spec)
+            opened.append(self)
+
+    def full(spec):
+        raise StoreError("no memory after all")
+
+    spec = one_field()
+    wanted = opening.Wanted(
+        spec=spec, name="train", boundary="b", fingerprint={}, attributes={}, device=torch.device("meta")
+    )
+    monkeypatch.setattr(opening, "free_device_bytes", lambda device: 4 * spec.nbytes - 1)
+    monkeypatch.setattr(opening, "DeviceStore", Opened)
+    monkeypatch.setattr(opening, "HostStore", full)
+    with pytest.raises(StoreError, match="after all"):
+        opening.open_store("auto", wanted)
+    assert [store.closed for store in opened] == [True]
+
+
 def test_training_from_a_mixed_store(tmp_path):
     """Losses equal those of a host store, bit for bit, in the fill and after it."""
 

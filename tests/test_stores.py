@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cachefreeze.errors import StoreError, StoreSpaceError, UsageError
 from cachefreeze.stores import memory
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
-from cachefreeze.stores.codec import stored_dtype
+from cachefreeze.stores.codec import Rounding, stored_dtype
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore
 from cachefreeze.stores.ragged import Lengths
@@ -312,3 +312,13 @@ def test_rows_are_kept_in_few_dtypes(wanted):
     assert stored_dtype(torch.float32, torch.bfloat16) == stored_dtype(torch.float32, "bfloat16") == torch.bfloat16
     assert stored_dtype(torch.int64, "float16") == torch.int64
     assert stored_dtype(torch.float16, "float32") == torch.float16
+
+
+def test_rounding_is_measured_until_enough_is():
+    """Nothing is claimed before a row was seen; what is not finite counts for nothing; later rows are not looked at."""
+    rounding = Rounding()
+    assert rounding.relative is None
+    rounding.add(torch.full((1024, 2), float("inf")), torch.full((1024, 2), float("inf")))
+    assert rounding.relative == 0.0
+    rounding.add(torch.ones(8, 2), torch.zeros(8, 2))
+    assert (rounding.rows, rounding.relative) == (1024, 0.0)
