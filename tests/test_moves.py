@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
+from cachefreeze.following import Following
 from cachefreeze.measuring import measure
 from cachefreeze.moves import Costs, best_path, staying, too_short
 from cachefreeze.samples import View
@@ -152,7 +153,7 @@ def test_costs_are_those_of_the_blocks_and_measuring_leaves_no_trace():
 
 def follow(given, monkeypatch, *, epochs, schedule, store="host"):
     """Cached boundary of every epoch, and the engine, with costs that are given rather than measured."""
-    monkeypatch.setattr(cf.Engine, "_measured", lambda *_: given)
+    monkeypatch.setattr(Following, "_measured", lambda *_: given)
     engine = cf.Engine(slow_model(), store, schedule=schedule)
     loader = engine.loader(batches())
     seen = []
