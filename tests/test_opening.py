@@ -48,8 +48,9 @@ def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
     assert open_store("auto", cuda).tier == "device"
     monkeypatch.setattr(opening, "free_device_bytes", lambda device: 4 * nbytes - 1)
     assert [part.tier for part in open_store("auto", cuda).tiers] == ["device", "host"]
-    monkeypatch.setattr(opening, "free_device_bytes", lambda device: 0)
-    assert open_store("auto", cuda).tier == "host"
+    for nothing_to_speak_of in (0, 4):
+        monkeypatch.setattr(opening, "free_device_bytes", lambda device, free=nothing_to_speak_of: free)
+        assert open_store("auto", cuda).tier == "host"
     monkeypatch.setattr(opening, "free_host_bytes", lambda: 2 * nbytes)
     assert open_store("auto", WANTED).tier == "host"
     monkeypatch.setattr(opening, "free_host_bytes", lambda: 2 * nbytes - 1)

@@ -123,3 +123,16 @@ def test_host_store_batches_are_fresh():
         store.read(everything[row : row + 1])["activation.0"].zero_()
     assert torch.equal(kept["activation.0"], values(spec, everything[:1])["activation.0"])
     assert torch.equal(store.read(everything)["activation.0"], values(spec, everything)["activation.0"])
+
+
+def test_another_thread_takes_the_last_block():
+    """Between counting the blocks and looking at one, another thread may have it: then memory is new."""
+    recycler = Recycler()
+    made(recycler)
+
+    class Taken(type(recycler._blocks)):
+        def popleft(self):
+            raise IndexError
+
+    recycler._blocks = Taken(recycler._blocks)
+    assert made(recycler).shape == SHAPE
