@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
+# tqdm's own lock is shared with forked children: one that is killed with it in hand would stop every bar here for ever
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

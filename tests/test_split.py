@@ -271,7 +271,7 @@ def check_vision(name: str, where: str, make: Callable[[str], nn.Module] = visio
     assert_equal(expected, trained(model, lambda: parts.suffix(*rows)), 2e-5 if name.startswith("vit") else None)
 
 
-@pytest.mark.parametrize("where", ["middle", "head"])
+@pytest.mark.parametrize("where", ["middle", pytest.param("head", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_torchvision_model_per_family_splits_exactly(name, where, quick_init):
     check_vision(name, where, small_vision_model)
