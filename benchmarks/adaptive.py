@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
 
 ARMS = ("baseline", "stages", "plasticity", "gradient change")
@@ -285,9 +285,7 @@ def main() -> int:
         "benchmark": "adaptive",
         "config": asdict(config),
         "pieces": [*earlier["pieces"], asdict(config)],
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }

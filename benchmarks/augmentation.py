@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 # live: the prefix runs over a new draw of every sample in every epoch, and nothing is cached
 ARMS = ("live", "view", "variants=4", "variants=8")
@@ -194,9 +194,7 @@ def main() -> int:
         "schema": 1,
         "benchmark": "augmentation",
         "config": asdict(config),
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "refusal": refused,
         "summary": rows,
         "runs": [asdict(run) for run in runs],

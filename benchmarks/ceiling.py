@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 CLASSES = 10
 # Least steps of an epoch, and about how long an epoch of the ceiling is to take at most.
@@ -273,9 +273,7 @@ def main() -> int:
         "schema": 1,
         "benchmark": "ceiling",
         "config": {"rounds": args.rounds, "seconds": args.seconds},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "cases": sorted(cases, key=lambda one: order.index((one["model"], one["cut"]))),
     }
     if args.out is not None:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
-from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.machine import load_average, made_on, synchronize
 from cachefreeze.timings import evenly
 
 SCHEMA = 1
@@ -180,9 +180,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
             "samples": len(chosen),
             "weights": Path(config.weights).name if config.weights else None,
         },
-        "hardware": hardware(device),
-        "versions": versions(),
-        "load_average": {"before": load_before, "after": load_average()},
+        **made_on(load_before, device),
         "tables": tables,
     }
 

@@ -29,7 +29,7 @@ from torchvision.models.resnet import BasicBlock
 
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
-from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.machine import load_average, made_on, synchronize
 from cachefreeze.timings import evenly
 
 SCHEMA = 1
@@ -284,9 +284,7 @@ def main() -> int:
         "schema": SCHEMA,
         "benchmark": "freezeout",
         "config": asdict(config),
-        "hardware": hardware(torch.device(config.device)),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before, config.device),
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.machine import load_average, made_on, synchronize
 
 SCHEMA = 1
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -148,9 +148,7 @@ def main() -> int:
         "schema": SCHEMA,
         "benchmark": "heads",
         "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "hardware": hardware(torch.device(args.device)),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before, args.device),
         "cases": cases,
     }
     if args.out is not None:

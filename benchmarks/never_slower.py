@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 MARGIN = 0.02
 _DRAWS = 2000
@@ -180,9 +180,7 @@ def main() -> None:
         "within_margin": sum(row["within_margin"] for row in rows),
         "surely_slower": [row["case"] for row in rows if row["surely_slower"]],
         "cases": rows,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
     }
     surely = ", ".join(found["surely_slower"]) or "none"
     print(f"{found['within_margin']} of {len(rows)} within {MARGIN:.0%}; surely slower: {surely}")

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.digits import DigitsCNN
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
 
 EPOCHS = (2, 3, 10, 30)
@@ -310,9 +310,7 @@ def main() -> None:
         "choices_within": sum(choice["behind"] <= WITHIN for choice in chosen) / len(chosen),
         "cases": cases,
         "chosen": chosen,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
     }
     for case in cases:
         line = f"{case['job']:26} {case['boundary']:12} frozen {_pair(case['frozen'])}"

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 BASE = {"rows": 2000, "floats": 256, "batch": 64}
 SWEEPS: dict[str, Sequence[int]] = {
@@ -126,9 +126,7 @@ def main() -> int:
         "schema": 1,
         "benchmark": "scaling",
         "config": {"base": BASE, "cached_epochs": count},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "cases": cases,
         "epochs": {tier: epochs(tier, BASE, long) for tier in TIERS},
     }

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 # The last two layers and the head; the head alone.
 BOUNDARIES = ("bert.encoder.layer.4", "bert.pooler")
@@ -132,9 +132,7 @@ def measure(samples: int, batch_size: int, rounds: int) -> dict[str, Any]:
         "schema": 1,
         "benchmark": "sentence_encoder",
         "config": {"samples": samples, "batch_size": batch_size, "rounds": rounds, "tokens": tokens},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "variants": found,
     }
 

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.stores import FieldSpec, HDF5Store, HostStore, Store, StoreSpec
 from cachefreeze.stores.hdf5 import SYNC_BYTES
 
@@ -261,9 +261,7 @@ def measure(sizes: list[Size], rounds: int, fills: int, place: Path | None) -> d
         "schema": 1,
         "benchmark": "store_speed",
         "config": {"rounds": rounds, "fills": fills},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions() | {name: getattr(_optional(name), "__version__", None) for name in ("zarr", "lmdb")},
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before, packages=("zarr", "lmdb")),
         "sizes": found,
     }
 

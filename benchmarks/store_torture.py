@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from epoch_timings import write
 
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.testing import faults, hostile, powercuts, torture
 
 ALL = 1  # trials that are exhaustive in one round
@@ -100,9 +100,7 @@ def run_all(minutes: float, seed: int, smoke: bool) -> dict[str, Any]:
         "schema": 1,
         "benchmark": "store_torture",
         "config": {"minutes": minutes, "seed": seed, "smoke": smoke},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": load_before, "after": load_average()},
+        **made_on(load_before),
         "rounds": rounds,
         "seconds": round(time.monotonic() - started, 1),
         "broken": 0,

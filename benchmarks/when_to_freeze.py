@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 NEVER = 1.0
 
@@ -274,9 +274,7 @@ def main() -> int:
         "benchmark": "when_to_freeze",
         "config": asdict(config),
         "pieces": [*earlier["pieces"], asdict(config)],
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "summary": rows,
         "blocks": found,
         "runs": [asdict(run) for run in runs],
