@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from half_cifar import clocks, interval, shown
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -289,9 +289,7 @@ def main() -> int:
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(found, out)
-    print(json.dumps(found))
+    finish(found, out)
     return 0
 
 

@@ -8,7 +8,6 @@ benchmarks/README.md. The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from freezeout import Augmented, ResNet
 from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
 from torch import Tensor
@@ -199,9 +198,7 @@ def main() -> int:
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(found, out)
-    print(json.dumps(found))
+    finish(found, out)
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torchvision
-from epoch_timings import write
+from common import finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -276,11 +276,9 @@ def main() -> int:
         **made_on(before),
         "cases": sorted(cases, key=lambda one: order.index((one["model"], one["cut"]))),
     }
-    if args.out is not None:
-        write(found, args.out)
+    finish(found, args.out)
     if args.plot is not None:
         plot(found, args.plot)
-    print(json.dumps(found))
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -277,9 +276,7 @@ def main() -> int:
         found |= {"data": "digits", "image_size": 32, "samples": 128, "rounds": 1}
     result = measure(Config(**found), lambda line: print(line, file=sys.stderr, flush=True))
     print(table(result))
-    if out is not None:
-        write(result, out)
-    print(json.dumps(result))
+    finish(result, out)
     return 0
 
 

@@ -11,7 +11,6 @@ decoded once, before the clock starts, so that a slow decoder flatters nobody. T
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -288,9 +287,7 @@ def main() -> int:
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(found, out)
-    print(json.dumps(found))
+    finish(found, out)
     return 0
 
 

@@ -8,7 +8,6 @@ The last line printed is one JSON object, also kept as benchmarks/results/gpu-<n
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import gpu_parts
 import torch
+from common import finish
 
 from cachefreeze.machine import hardware, load_average, versions
 
@@ -96,6 +96,11 @@ def targets(found: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
     return [(*aim, aim[1] <= aim[3] if aim[2] == "<=" else aim[1] >= aim[3]) for aim in aims]
 
 
+def results_file(name: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", help="of the results file: gpu-<name>.json; default the GPU's own name")
@@ -137,11 +142,7 @@ def main() -> int:
         "timings": timings,
     }
     print(f"in all {result['total_seconds']:.0f} s (aim: under 480)")
-    if not args.smoke:
-        name = args.name or torch.cuda.get_device_name()
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        epoch_timings.write(result, ROOT / "benchmarks" / "results" / f"gpu-{slug}.json")
-    print(json.dumps(result))
+    finish(result, None if args.smoke else results_file(args.name or torch.cuda.get_device_name()))
     return 1 if tests["exit_status"] else 0
 
 

@@ -6,7 +6,6 @@ The method is in benchmarks/README.md. The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -151,9 +150,7 @@ def main() -> int:
         **made_on(before, args.device),
         "cases": cases,
     }
-    if args.out is not None:
-        write(result, args.out)
-    print(json.dumps(result))
+    finish(result, args.out)
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -159,9 +159,7 @@ def main() -> int:
     held = json.loads(args.out.read_text())["runs"] if args.out is not None and args.out.exists() else []
     found = measure(sizes, args.dir, held)
     print(found["largest_to_smallest"])
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

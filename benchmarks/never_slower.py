@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from plan_accuracy import Encoder, catalogue, digits, tensors, vision, wide
 from torch import nn
 from torch.nn import functional
@@ -184,9 +183,7 @@ def main() -> None:
     }
     surely = ", ".join(found["surely_slower"]) or "none"
     print(f"{found['within_margin']} of {len(rows)} within {MARGIN:.0%}; surely slower: {surely}")
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
 
 
 if __name__ == "__main__":

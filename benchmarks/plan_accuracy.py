@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import torchvision
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -321,11 +320,9 @@ def main() -> None:
         f"median relative error {found['median_error']:.1%} of {len(all_errors)} figures; "
         f"{found['choices_within']:.0%} of {len(chosen)} choices within {WITHIN:.0%} of the best"
     )
-    if args.out is not None:
-        write(found, args.out)
+    finish(found, args.out)
     if args.plot is not None:
         draw(cases, args.plot)
-    print(json.dumps(found))
 
 
 def _pair(figure: dict[str, float]) -> str:

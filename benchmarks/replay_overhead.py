@@ -7,7 +7,6 @@ forward around the head: stubs, glue, attributes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from common import finish
 
 import cachefreeze as cf
 from cachefreeze import splitting
@@ -74,9 +74,7 @@ def main() -> None:
         "load_average": list(os.getloadavg()),
         "cases": found,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

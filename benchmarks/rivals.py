@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import finish
 from contenders.job import Clock, Job, accuracy
 from contenders.table import CONTENDERS
-from epoch_timings import write
 
 from cachefreeze.cli.data import load_data
 from cachefreeze.machine import hardware, load_average, versions
@@ -250,11 +250,9 @@ def main() -> int:
         return 2
     found = results(lines, left_out)
     print(table(found))
+    finish(found, args.out)
     if args.plot is not None:
         draw(found, args.plot)
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
     return 0
 
 

@@ -6,7 +6,6 @@ The method is in benchmarks/README.md. The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -130,11 +129,9 @@ def main() -> int:
         "cases": cases,
         "epochs": {tier: epochs(tier, BASE, long) for tier in TIERS},
     }
-    if args.out is not None:
-        write(found, args.out)
+    finish(found, args.out)
     if args.plot is not None:
         plot(found, args.plot)
-    print(json.dumps(found))
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -195,9 +194,7 @@ def main() -> int:
     samples, rounds = (24, 1) if given.smoke else (given.samples, given.rounds)
     found = measure(samples, min(given.batch_size, samples // 3), rounds)
     print(table(found))
-    if given.out is not None:
-        write(found, given.out)
-    print(json.dumps(found))
+    finish(found, given.out)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import shutil
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from epoch_timings import write
+from common import finish
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -292,9 +291,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="keep the JSON object in this file")
     args = parser.parse_args()
     found = measure(SMOKE, 3, 1, args.dir) if args.smoke else measure(SIZES, args.rounds, args.fills, args.dir)
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

@@ -7,7 +7,6 @@ column of the table or the minutes are over. The last line is one JSON object; `
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 
 from cachefreeze.machine import load_average, made_on
 from cachefreeze.testing import faults, hostile, powercuts, torture
@@ -154,9 +153,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)  # see testing/torture.py
     found = run_all(0 if args.smoke else args.minutes, args.seed, args.smoke)
     print(table(found))
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from freezeout import ResNet
 from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
 from torch import Tensor, nn
@@ -267,8 +267,6 @@ def main() -> int:
     runs = kept + sweep(config)
     rows, found = summarise(runs), proportion(config)
     print(table(rows, found))
-    if plot is not None:
-        draw(rows, found, plot)
     result = {
         "schema": 1,
         "benchmark": "when_to_freeze",
@@ -279,9 +277,9 @@ def main() -> int:
         "blocks": found,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(result, out)
-    print(json.dumps(result))
+    finish(result, out)
+    if plot is not None:
+        draw(rows, found, plot)
     return 0
 
 
