@@ -11,7 +11,6 @@ JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -21,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import finish
-from half_cifar import clocks, interval, shown
+from common import clocks, config_parser, configured, finish, interval, shown
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -258,24 +256,13 @@ def table(rows: list[dict[str, Any]], runs: list[Run]) -> str:
 
 
 def main() -> int:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        option, many = f"--{name.replace('_', '-')}", isinstance(value, tuple)
-        kind = type(value[0]) if many else type(value)
-        parser.add_argument(
-            option, type=kind, default=value, help=f"default {value}", **({"nargs": "+"} if many else {})
-        )
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
+    parser = config_parser(__doc__, Config)
     parser.add_argument("--add", type=Path, help="results file of an earlier piece, whose runs are kept")
-    parser.add_argument("--out", type=Path, help="results file")
-    given = vars(parser.parse_args())
-    out, smoke, add = (given.pop(name) for name in ("out", "smoke", "add"))
-    if smoke:
-        given |= {"photos": 50, "sentences": 32, "tokens": 8, "test": 20, "epochs": 3, "seeds": 1, "image_size": 32}
-    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    args = parser.parse_args()
+    smoke = {"photos": 50, "sentences": 32, "tokens": 8, "test": 20, "epochs": 3, "seeds": 1, "image_size": 32}
+    config = configured(Config, args, smoke)
     before = load_average()
-    earlier = {"runs": [], "pieces": []} if add is None else json.loads(add.read_text())
+    earlier = {"runs": [], "pieces": []} if args.add is None else json.loads(args.add.read_text())
     kept = [Run(**run) for run in earlier["runs"]]
     runs = kept + measure(config)
     rows = summarise(runs)
@@ -289,7 +276,7 @@ def main() -> int:
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    finish(found, out)
+    finish(found, args.out)
     return 0
 
 

@@ -7,18 +7,16 @@ benchmarks/README.md. The last line printed is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import finish
+from common import clocks, config_parser, configured, finish, interval, shown
 from freezeout import Augmented, ResNet
-from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
+from half_cifar import TRANSFERRED_TO, accuracy, classes_of, pretrained
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -172,18 +170,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
-    parser.add_argument("--out", type=Path, help="results file")
-    given = vars(parser.parse_args())
-    out, smoke = given.pop("out"), given.pop("smoke")
-    if smoke:
-        given |= {"samples": 60, "test": 60, "pretraining_samples": 60, "pretraining_epochs": 1, "width": 2}
-        given |= {"epochs": 9, "seeds": 1}
-    config = Config(**given)
+    args = config_parser(__doc__, Config).parse_args()
+    smoke = {"samples": 60, "test": 60, "pretraining_samples": 60, "pretraining_epochs": 1, "width": 2}
+    smoke |= {"epochs": 9, "seeds": 1}
+    config = configured(Config, args, smoke)
     before = load_average()
     runs, refused = measure(config)
     rows = summarise(runs)
@@ -198,7 +188,7 @@ def main() -> int:
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    finish(found, out)
+    finish(found, args.out)
     return 0
 
 

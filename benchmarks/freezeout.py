@@ -10,17 +10,14 @@ decoded once, before the clock starts, so that a slow decoder flatters nobody. T
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import finish
+from common import clocks, config_parser, configured, finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -28,7 +25,7 @@ from torchvision.models.resnet import BasicBlock
 
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
-from cachefreeze.machine import load_average, made_on, synchronize
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
 
 SCHEMA = 1
@@ -173,11 +170,6 @@ class Resident:
             yield tuple(t[at : at + self.size].clone() for t in self.tensors), self.labels[at : at + self.size]
 
 
-def clocks(device: torch.device) -> tuple[float, float]:
-    synchronize(device)
-    return time.perf_counter(), time.process_time()
-
-
 def measure(config: Config) -> list[Run]:
     found = load_data("cifar10")
     data, test = decoded(found.train, config.samples), decoded(found.val, config.test)
@@ -253,28 +245,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, Path | None]:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            parser.add_argument(option, action="store_true")
-        elif isinstance(value, tuple):
-            parser.add_argument(option, type=type(value[0]), nargs="+", default=value)
-        else:
-            parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
-    parser.add_argument("--out", type=Path, help="results file")
-    found = vars(parser.parse_args(arguments))
-    out, smoke = found.pop("out"), found.pop("smoke")
-    if smoke:
-        found |= {"samples": 100, "test": 50, "epochs": 4, "seeds": 1, "width": 2, "t0": (0.5,), "how": ("linear",)}
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}), out
-
-
 def main() -> int:
-    config, out = parse()
+    args = config_parser(__doc__, Config).parse_args()
+    smoke = {"samples": 100, "test": 50, "epochs": 4, "seeds": 1, "width": 2, "t0": (0.5,), "how": ("linear",)}
+    config = configured(Config, args, smoke)
     before = load_average()
     runs = measure(config)
     rows = summarise(runs)
@@ -287,7 +261,7 @@ def main() -> int:
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    finish(found, out)
+    finish(found, args.out)
     return 0
 
 
