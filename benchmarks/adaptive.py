@@ -29,6 +29,7 @@ from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
 from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 ARMS = ("baseline", "stages", "plasticity", "gradient change")
 DATA = Path(os.environ.get("CACHEFREEZE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -211,8 +212,7 @@ def measure(config: Config) -> list[Run]:
             made = [Run(name, arm, seed) for arm in ARMS]
             turns = [train(config, run, task) for run in made]
             for epoch in range(config.epochs):
-                shift = epoch % len(turns)
-                for turn in turns[shift:] + turns[:shift]:
+                for turn in in_turn(turns, epoch):
                     next(turn)
                 print(f"{name}, seed {seed}, epoch {epoch}", file=sys.stderr, flush=True)
             for turn in turns:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError
 from cachefreeze.machine import load_average, made_on
+from cachefreeze.timings.rounds import in_turn
 
 # live: the prefix runs over a new draw of every sample in every epoch, and nothing is cached
 ARMS = ("live", "view", "variants=4", "variants=8")
@@ -122,8 +123,7 @@ def measure(config: Config) -> tuple[list[Run], str]:
         made = [Run(arm, seed) for arm in ARMS]
         turns = [train(config, run, weights, data, test) for run in made]
         for epoch in range(config.epochs):
-            shift = epoch % len(turns)
-            for turn in turns[shift:] + turns[:shift]:
+            for turn in in_turn(turns, epoch):
                 next(turn)
         for turn in turns:
             turn.close()

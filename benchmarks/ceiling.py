@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
 from cachefreeze.machine import load_average, made_on
+from cachefreeze.timings.rounds import in_turn
 
 CLASSES = 10
 # Least steps of an epoch, and about how long an epoch of the ceiling is to take at most.
@@ -156,9 +157,8 @@ def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict
     for way in ways.values():
         way.epoch()
     taken: dict[str, list[float]] = {way: [] for way in ways}
-    names = list(ways)
     for at in range(rounds):
-        for way in names[at % 3 :] + names[: at % 3]:
+        for way in in_turn(list(ways), at):
             taken[way].append(ways[way].epoch())
     found = {
         "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": copies,

@@ -1,4 +1,4 @@
-"""What scripts share that measure different things: options, clocks, intervals over seeds, and how they end."""
+"""What scripts share: options, clocks, interleaved rounds, intervals over seeds, and how they end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from cachefreeze.machine import synchronize
+from cachefreeze.timings.rounds import in_turn
 
 Config = TypeVar("Config")
 # Student's t, two-sided 95 %, by degrees of freedom.
@@ -48,6 +49,25 @@ def clocks(device: torch.device | None = None) -> tuple[float, float]:
     if device is not None:
         synchronize(device)
     return time.perf_counter(), time.process_time()
+
+
+def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every round of every way, each round beginning with the next; one round before is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name in in_turn(list(ways), number):
+            synchronize(device)
+            began = time.perf_counter()
+            ways[name]()
+            synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], way: str, to: str) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[way], seconds[to], strict=True))
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:

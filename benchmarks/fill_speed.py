@@ -28,6 +28,7 @@ from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
 from cachefreeze.machine import load_average, made_on, synchronize
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 SCHEMA = 1
 # name of a variant -> store, prefix; a plain epoch has neither
@@ -165,9 +166,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("plain", *FILLS)}
         for round_ in range(config.rounds):
             say(f"{table}: round {round_ + 1}/{config.rounds}")
-            names = list(runs)
-            turn = round_ % len(names)
-            for name in [*names[turn:], *names[:turn]]:
+            for name in in_turn(list(runs), round_):
                 runs[name].append(_run(name, plain, filler, config, samples, device))
         tables[table] = {name: _row(name, runs) for name in runs}
     return {

@@ -27,6 +27,7 @@ import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 SCHEMA = 1
 VARIANTS = ("baseline", "frozen", "cached", "ceiling")
@@ -181,8 +182,7 @@ def measure(config: Config) -> list[Run]:
         made += [Run(variant, name, seed) for name in schedules if name != "none" for variant in VARIANTS[1:]]
         turns = [train(config, run, schedules[run.schedule], data, test) for run in made]
         for epoch in range(config.epochs):
-            shift = epoch % len(turns)
-            for turn in turns[shift:] + turns[:shift]:
+            for turn in in_turn(turns, epoch):
                 next(turn)
             print(f"seed {seed}, epoch {epoch}", file=sys.stderr, flush=True)
         runs += made

@@ -30,6 +30,7 @@ from cachefreeze.cli.data import load_data
 from cachefreeze.cli.digits import DigitsCNN
 from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 EPOCHS = (2, 3, 10, 30)
 WITHIN = 0.05
@@ -144,8 +145,7 @@ def measure(job: Job, boundary: str, rounds: int, folder: str, samples: int) -> 
         for name in ("host", "hdf5"):
             first[name] = epochs[name]()
         for at in range(rounds):
-            names = list(stores)
-            for name in [*names[at % 3 :], *names[: at % 3]]:
+            for name in in_turn(list(stores), at):
                 later[name].append(epochs[name]())
     rows = {name: plan.at(boundary) for name, plan in plans.items()}
     frozen = statistics.median(later["off"])

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
 from cachefreeze.machine import load_average, made_on
+from cachefreeze.timings.rounds import in_turn
 
 # The last two layers and the head; the head alone.
 BOUNDARIES = ("bert.encoder.layer.4", "bert.pooler")
@@ -121,8 +122,7 @@ def measure(samples: int, batch_size: int, rounds: int) -> dict[str, Any]:
             variants += [job.variant(f"{boundary} {s.partition(':')[0]}", boundary, s) for s in stores]
         for round_ in range(rounds + 1):
             print(f"round {round_}/{rounds}", file=sys.stderr, flush=True)
-            turn = round_ % len(variants)
-            for variant in [*variants[turn:], *variants[:turn]]:
+            for variant in in_turn(variants, round_):
                 variant.epoch()
         found = {variant.name: _row(variant, variants, tokens) for variant in variants}
         for variant in variants:
