@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings.rounds import in_turn
+from cachefreeze.timings.variants import Slices
 
 CLASSES = 10
 # Least steps of an epoch, and about how long an epoch of the ceiling is to take at most.
@@ -97,18 +98,6 @@ class Way:
         return time.perf_counter() - started
 
 
-class Slices:
-    """Consecutive slices of resident tensors."""
-
-    def __init__(self, tensors: list[Tensor], labels: Tensor, size: int, copies: bool) -> None:
-        self.tensors, self.labels, self.size, self.copies = tensors, labels, size, copies
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for start in range(0, len(self.labels), self.size):
-            rows = [tensor[start : start + self.size] for tensor in self.tensors]
-            yield [row.clone() for row in rows] if self.copies else rows, self.labels[start : start + self.size]
-
-
 def built(make: Callable[[], nn.Module], cut: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = make()
@@ -150,10 +139,8 @@ def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict
     tensors, fields = source.format.decode(torch.arange(count), everything, torch.device("cpu"))
     model, optimizer = built(make, cut)
     parts = cf.split(model, torch.stack([data[0][0], data[1][0]]))
-    before = [tensor._version for tensor in tensors]
-    parts.suffix(*(tensor[:2] for tensor in tensors))  # one that writes into its rows trains on copies
-    copies = before != [tensor._version for tensor in tensors]
-    ways["ceiling"] = Way(Slices(tensors, fields[0], batch, copies), lambda x: parts.suffix(*x), model, optimizer)
+    slices = Slices.of_rows(parts, model, tensors, fields[0], batch)
+    ways["ceiling"] = Way(slices, lambda x: parts.suffix(*x), model, optimizer)
     for way in ways.values():
         way.epoch()
     taken: dict[str, list[float]] = {way: [] for way in ways}
@@ -161,7 +148,7 @@ def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict
         for way in in_turn(list(ways), at):
             taken[way].append(ways[way].epoch())
     found = {
-        "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": copies,
+        "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": slices.copies,
         "row_bytes": sum(field.item_bytes for field in source.spec.fields),
         "ceiling_ms_a_batch": 1e3 * statistics.median(taken["ceiling"]) * batch / count,
         "pass_check_ms": 1e3 * _median(source.check, 5),
