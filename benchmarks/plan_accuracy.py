@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,21 +176,15 @@ def contexts(
     stores: dict[str, str], models: dict[str, nn.Module], loader: DataLoader[Any], setup: dict[str, float]
 ) -> Iterator[dict[str, Callable[[], float]]]:
     """An engine for each store, and what it took to make its loader."""
-    opened: dict[str, Any] = {}
-    try:
+    epochs = {}
+    with ExitStack() as opened:
         for name, store in stores.items():
             began = time.perf_counter()
-            opened[name] = running(cf.Engine(models[name], store), loader)
-            epoch = opened[name].__enter__()
+            epochs[name] = opened.enter_context(running(cf.Engine(models[name], store), loader))
             setup[name] = time.perf_counter() - began
-            stores_epoch = epoch
-            opened[name] = (opened[name], stores_epoch)
         setup["host"] -= setup["off"]
         setup["hdf5"] -= setup["off"]
-        yield {name: epoch for name, (_, epoch) in opened.items()}
-    finally:
-        for context, _ in opened.values():
-            context.__exit__(None, None, None)
+        yield epochs
 
 
 def total(case: dict[str, Any], option: str, epochs: int, what: str) -> float:
