@@ -47,15 +47,12 @@ def _eager(engine: cf.Engine, optimizer: torch.optim.Optimizer, autocast: torch.
     return step
 
 
-def _compiled(engine: cf.Engine, optimizer: torch.optim.Optimizer, autocast: torch.dtype | None) -> Callable[..., Any]:
-    compiled = engine.compile_step(functional.cross_entropy, optimizer)
+def _under(autocast: torch.dtype, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def under(x: Any, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, dtype=autocast):
+            return step(x, y)
 
-    def step(x: Any, y: Tensor) -> Tensor:
-        with torch.autocast(y.device.type, dtype=autocast, enabled=autocast is not None):
-            return compiled(x, y)
-
-    step.compiled = compiled  # type: ignore[attr-defined]
-    return step
+    return under
 
 
 def short_steps(device: torch.device, *, width: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -116,7 +113,7 @@ def million_rows(
         cf.FieldSpec(name="field.0", shape=(), dtype=torch.int64),
     )
     store = cf.DeviceStore(cf.StoreSpec(rows=rows, fields=fields), device)
-    ways, compiled = {}, None
+    ways = {}
     initial = Headed(width, nn.Linear(width, classes)).to(device)
     for index in torch.arange(rows).split(65536):
         inputs, labels = (tensor[index].to(device) for tensor in data.tensors)
@@ -129,9 +126,11 @@ def million_rows(
         cf.freeze(model, train_from="head")
         engine = cf.Engine(model, store, autocast=torch.bfloat16)
         batches = engine.loader(DataLoader(data, batch, shuffle=True, drop_last=True))
-        make = _eager if way == "eager" else _compiled
-        step = make(engine, torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9), torch.bfloat16)
-        compiled = getattr(step, "compiled", compiled)
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9)
+        step = _eager(engine, optimizer, torch.bfloat16)
+        if way == "compiled":
+            compiled = engine.compile_step(functional.cross_entropy, optimizer)
+            step = _under(torch.bfloat16, compiled)
         ways[way] = _epoch(batches, step)
     ways["loader alone"] = _epoch(batches, lambda x, y: None)
     seconds = interleaved(ways, rounds, device)
