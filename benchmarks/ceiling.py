@@ -209,12 +209,10 @@ def table(cases: list[dict[str, Any]]) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Each cut's epoch over its ceiling, against how long a step of the ceiling takes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for number, name in enumerate(MODELS):
         ours = [one for one in found["cases"] if one["model"] == name]
         if not ours:

@@ -236,12 +236,10 @@ def errors(cases: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Predicted against measured, all figures of all cases."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
     points: dict[str, list[tuple[float, float]]] = {}
     for case in cases:
         points.setdefault("frozen", []).append((case["frozen"]["measured"], case["frozen"]["predicted"]))

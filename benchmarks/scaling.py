@@ -81,12 +81,10 @@ def line(case: dict[str, Any]) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Per sweep the median epoch; and the time after so many epochs."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
     labels = {"rows": "rows", "floats": "bytes in a row", "batch": "batch"}
     for axis, (what, label) in zip(axes, labels.items(), strict=False):
         for tier in TIERS:
