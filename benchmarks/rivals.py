@@ -62,8 +62,10 @@ def in_process(job: Job, name: str) -> dict[str, Any]:
     try:
         found = receiver.recv()
     except EOFError:
+        found = None
+    process.join()  # its status is known only then
+    if found is None:
         found = {"name": name, "error": f"the process died (status {process.exitcode})"}
-    process.join()
     return {**found, "load": before}
 
 

@@ -227,6 +227,26 @@ def test_rivals(tmp_path):
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
 
 
+_DYING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import rivals
+
+class Job:
+    def __reduce__(self):
+        return os._exit, (3,)  # in the process that reads it
+
+print(rivals.in_process(Job(), "hand-written")["error"])
+"""
+
+
+@pytest.mark.slow
+def test_a_rival_whose_process_dies_is_named_with_its_status():
+    command = [sys.executable, "-c", _DYING, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.stdout.strip() == "the process died (status 3)", done.stderr
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run_script("gpu.py", CUDA_VISIBLE_DEVICES="")
