@@ -124,6 +124,16 @@ def through_engine(make: Callable[[], nn.Module], cut: str, store: str, data: Pi
     return Way(loader, engine, model, optimizer), engine
 
 
+def through_slices(make: Callable[[], nn.Module], cut: str, source: Any, data: Pictures, batch: int) -> Way:
+    """The ceiling: slices of the rows of ``source``, resident."""
+    every = torch.arange(len(data))
+    tensors, fields = source.format.decode(every, source.store.read(every), torch.device("cpu"))
+    model, optimizer = built(make, cut)
+    parts = cf.split(model, torch.stack([data[0][0], data[1][0]]))
+    slices = Slices.of_rows(parts, model, tensors, fields[0], batch)
+    return Way(slices, lambda x: parts.suffix(*x), model, optimizer)
+
+
 def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """One cut of one model: the ceiling and the tiers, an epoch of each in turn."""
     make, batch, cuts = MODELS[name]
@@ -135,12 +145,7 @@ def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict
     for tier, store in (("host", "host"), ("hdf5", f"hdf5:{folder}")):
         ways[tier], engines[tier] = through_engine(make, cut, store, data, batch)
     source = engines["host"].cache._rows["train"]
-    everything = source.store.read(torch.arange(count))
-    tensors, fields = source.format.decode(torch.arange(count), everything, torch.device("cpu"))
-    model, optimizer = built(make, cut)
-    parts = cf.split(model, torch.stack([data[0][0], data[1][0]]))
-    slices = Slices.of_rows(parts, model, tensors, fields[0], batch)
-    ways["ceiling"] = Way(slices, lambda x: parts.suffix(*x), model, optimizer)
+    ways["ceiling"] = through_slices(make, cut, source, data, batch)
     for way in ways.values():
         way.epoch()
     taken: dict[str, list[float]] = {way: [] for way in ways}
@@ -148,24 +153,28 @@ def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict
         for way in in_turn(list(ways), at):
             taken[way].append(ways[way].epoch())
     found = {
-        "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": slices.copies,
+        "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": ways["ceiling"].batches.copies,
         "row_bytes": sum(field.item_bytes for field in source.spec.fields),
         "ceiling_ms_a_batch": 1e3 * statistics.median(taken["ceiling"]) * batch / count,
         "pass_check_ms": 1e3 * _median(source.check, 5),
         "seconds": taken,
     }  # fmt: skip
-    for tier in ("host", "hdf5"):
-        store = engines[tier].cache._rows["train"].store
+    for tier, engine in engines.items():
         pairs = list(zip(taken[tier], taken["ceiling"], strict=True))
-        found[tier] = {
-            "to_ceiling": statistics.median(a / b for a, b in pairs),
-            "least": min(a / b for a, b in pairs),
-            "most": max(a / b for a, b in pairs),
-            "over_us_a_batch": 1e6 * statistics.median(a - b for a, b in pairs) * batch / count,
-            "gather_us_a_batch": 1e6 * _median(lambda store=store: store.read(torch.randperm(count)[:batch]), 20),
-        }
-        engines[tier].close()
+        found[tier] = _beside_ceiling(pairs, engine.cache._rows["train"].store, count, batch)
+        engine.close()
     return found
+
+
+def _beside_ceiling(pairs: list[tuple[float, float]], store: Any, count: int, batch: int) -> dict[str, float]:
+    """A tier's epochs and the ceiling's of the same rounds."""
+    return {
+        "to_ceiling": statistics.median(a / b for a, b in pairs),
+        "least": min(a / b for a, b in pairs),
+        "most": max(a / b for a, b in pairs),
+        "over_us_a_batch": 1e6 * statistics.median(a - b for a, b in pairs) * batch / count,
+        "gather_us_a_batch": 1e6 * _median(lambda: store.read(torch.randperm(count)[:batch]), 20),
+    }
 
 
 def _median(what: Callable[[], Any], times: int) -> float:

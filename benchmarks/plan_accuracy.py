@@ -234,6 +234,41 @@ def errors(cases: list[dict[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
+def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far off the figures are, how many choices are as good as the best, and all of both."""
+    signed, chosen = errors(cases), choices(cases)
+    all_errors = [abs(error) for found in signed.values() for error in found]
+    return {
+        "figures": len(all_errors),
+        "median_error": statistics.median(all_errors),
+        "median_errors": {name: statistics.median(map(abs, those)) for name, those in signed.items()},
+        "median_signed_errors": {name: statistics.median(those) for name, those in signed.items()},
+        "choices": len(chosen),
+        "choices_within": sum(choice["behind"] <= WITHIN for choice in chosen) / len(chosen),
+        "cases": cases,
+        "chosen": chosen,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Predicted and measured milliseconds of every figure."""
+    lines = []
+    for case in found["cases"]:
+        line = f"{case['job']:26} {case['boundary']:12} frozen {_pair(case['frozen'])}"
+        for name, tier in case["tiers"].items():
+            line += f"  {name}: setup {_pair(tier['setup'])} fill {_pair(tier['fill'])} cached {_pair(tier['cached'])}"
+        lines.append(line)
+    lines.append(
+        f"median relative error {found['median_error']:.1%} of {found['figures']} figures; "
+        f"{found['choices_within']:.0%} of {found['choices']} choices within {WITHIN:.0%} of the best"
+    )
+    return "\n".join(lines)
+
+
+def _pair(figure: dict[str, float]) -> str:
+    return f"{1e3 * figure['predicted']:.4g}/{1e3 * figure['measured']:.4g}"
+
+
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Predicted against measured, all figures of all cases."""
     from matplotlib.figure import Figure
@@ -286,39 +321,18 @@ def main() -> None:
                 place = f"{folder}/{len(cases)}-{number}"
                 cases.append(measure(job, boundary, 2 if args.smoke else args.rounds, place, samples))
                 print(f"{job.name} at {boundary}", file=sys.stderr, flush=True)
-    signed, chosen = errors(cases), choices(cases)
-    all_errors = [abs(error) for found in signed.values() for error in found]
     found = {
         "schema": 1,
         "benchmark": "plan_accuracy",
         "rounds": args.rounds,
         "clock": args.clock,
-        "figures": len(all_errors),
-        "median_error": statistics.median(all_errors),
-        "median_errors": {name: statistics.median(map(abs, those)) for name, those in signed.items()},
-        "median_signed_errors": {name: statistics.median(those) for name, those in signed.items()},
-        "choices": len(chosen),
-        "choices_within": sum(choice["behind"] <= WITHIN for choice in chosen) / len(chosen),
-        "cases": cases,
-        "chosen": chosen,
+        **summarise(cases),
         **made_on(before),
     }
-    for case in cases:
-        line = f"{case['job']:26} {case['boundary']:12} frozen {_pair(case['frozen'])}"
-        for name, tier in case["tiers"].items():
-            line += f"  {name}: setup {_pair(tier['setup'])} fill {_pair(tier['fill'])} cached {_pair(tier['cached'])}"
-        print(line)
-    print(
-        f"median relative error {found['median_error']:.1%} of {len(all_errors)} figures; "
-        f"{found['choices_within']:.0%} of {len(chosen)} choices within {WITHIN:.0%} of the best"
-    )
+    print(table(found))
     finish(found, args.out)
     if args.plot is not None:
         draw(cases, args.plot)
-
-
-def _pair(figure: dict[str, float]) -> str:
-    return f"{1e3 * figure['predicted']:.4g}/{1e3 * figure['measured']:.4g}"
 
 
 if __name__ == "__main__":
