@@ -11,9 +11,7 @@ JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
-from half_cifar import clocks, interval, shown
+from common import clocks, config_parser, configured, finish, interval, shown
+from shared_data import DATA, reviews
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 ARMS = ("baseline", "stages", "plasticity", "gradient change")
-DATA = Path(os.environ.get("CACHEFREEZE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +115,13 @@ def sentences(config: Config) -> Task:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    folder = DATA / "text_rt_polarity"
-    lines = [(folder / f"rt-polarity.{kind}").read_text(encoding="latin-1").splitlines() for kind in ("neg", "pos")]
 
     def encoded(first: int, count: int) -> Listed:
         made = []
-        for index in range(first, first + count):
-            text = lines[index % 2][index // 2].strip()
+        for text, label in reviews(first, count):
             # one length: a schedule's boundary moves, and rows of different lengths do not follow it
             tokens = tokenizer(text, truncation=True, padding="max_length", max_length=config.tokens)
-            made.append({**{key: torch.tensor(value) for key, value in tokens.items()}, "labels": index % 2})
+            made.append({**{key: torch.tensor(value) for key, value in tokens.items()}, "labels": label})
         return Listed(made)
 
     return Task(
@@ -213,8 +208,7 @@ def measure(config: Config) -> list[Run]:
             made = [Run(name, arm, seed) for arm in ARMS]
             turns = [train(config, run, task) for run in made]
             for epoch in range(config.epochs):
-                shift = epoch % len(turns)
-                for turn in turns[shift:] + turns[:shift]:
+                for turn in in_turn(turns, epoch):
                     next(turn)
                 print(f"{name}, seed {seed}, epoch {epoch}", file=sys.stderr, flush=True)
             for turn in turns:
@@ -258,24 +252,13 @@ def table(rows: list[dict[str, Any]], runs: list[Run]) -> str:
 
 
 def main() -> int:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        option, many = f"--{name.replace('_', '-')}", isinstance(value, tuple)
-        kind = type(value[0]) if many else type(value)
-        parser.add_argument(
-            option, type=kind, default=value, help=f"default {value}", **({"nargs": "+"} if many else {})
-        )
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
+    parser = config_parser(__doc__, Config)
     parser.add_argument("--add", type=Path, help="results file of an earlier piece, whose runs are kept")
-    parser.add_argument("--out", type=Path, help="results file")
-    given = vars(parser.parse_args())
-    out, smoke, add = (given.pop(name) for name in ("out", "smoke", "add"))
-    if smoke:
-        given |= {"photos": 50, "sentences": 32, "tokens": 8, "test": 20, "epochs": 3, "seeds": 1, "image_size": 32}
-    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    args = parser.parse_args()
+    smoke = {"photos": 50, "sentences": 32, "tokens": 8, "test": 20, "epochs": 3, "seeds": 1, "image_size": 32}
+    config = configured(Config, args, smoke)
     before = load_average()
-    earlier = {"runs": [], "pieces": []} if add is None else json.loads(add.read_text())
+    earlier = {"runs": [], "pieces": []} if args.add is None else json.loads(args.add.read_text())
     kept = [Run(**run) for run in earlier["runs"]]
     runs = kept + measure(config)
     rows = summarise(runs)
@@ -285,15 +268,11 @@ def main() -> int:
         "benchmark": "adaptive",
         "config": asdict(config),
         "pieces": [*earlier["pieces"], asdict(config)],
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(found, out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

@@ -7,26 +7,24 @@ benchmarks/README.md. The last line printed is one JSON object.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import clocks, config_parser, configured, finish, interval, shown
 from freezeout import Augmented, ResNet
-from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
+from half_cifar import TRANSFERRED_TO, accuracy, classes_of, pretrained
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
+from cachefreeze.timings.rounds import in_turn
 
 # live: the prefix runs over a new draw of every sample in every epoch, and nothing is cached
 ARMS = ("live", "view", "variants=4", "variants=8")
@@ -125,8 +123,7 @@ def measure(config: Config) -> tuple[list[Run], str]:
         made = [Run(arm, seed) for arm in ARMS]
         turns = [train(config, run, weights, data, test) for run in made]
         for epoch in range(config.epochs):
-            shift = epoch % len(turns)
-            for turn in turns[shift:] + turns[:shift]:
+            for turn in in_turn(turns, epoch):
                 next(turn)
         for turn in turns:
             turn.close()
@@ -173,18 +170,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
-    parser.add_argument("--out", type=Path, help="results file")
-    given = vars(parser.parse_args())
-    out, smoke = given.pop("out"), given.pop("smoke")
-    if smoke:
-        given |= {"samples": 60, "test": 60, "pretraining_samples": 60, "pretraining_epochs": 1, "width": 2}
-        given |= {"epochs": 9, "seeds": 1}
-    config = Config(**given)
+    args = config_parser(__doc__, Config).parse_args()
+    smoke = {"samples": 60, "test": 60, "pretraining_samples": 60, "pretraining_epochs": 1, "width": 2}
+    smoke |= {"epochs": 9, "seeds": 1}
+    config = configured(Config, args, smoke)
     before = load_average()
     runs, refused = measure(config)
     rows = summarise(runs)
@@ -194,16 +183,12 @@ def main() -> int:
         "schema": 1,
         "benchmark": "augmentation",
         "config": asdict(config),
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "refusal": refused,
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(found, out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

@@ -12,20 +12,22 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from epoch_timings import write
+from common import finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
+from cachefreeze.timings.rounds import in_turn
+from cachefreeze.timings.variants import Slices
 
 CLASSES = 10
 # Least steps of an epoch, and about how long an epoch of the ceiling is to take at most.
@@ -96,18 +98,6 @@ class Way:
         return time.perf_counter() - started
 
 
-class Slices:
-    """Consecutive slices of resident tensors."""
-
-    def __init__(self, tensors: list[Tensor], labels: Tensor, size: int, copies: bool) -> None:
-        self.tensors, self.labels, self.size, self.copies = tensors, labels, size, copies
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for start in range(0, len(self.labels), self.size):
-            rows = [tensor[start : start + self.size] for tensor in self.tensors]
-            yield [row.clone() for row in rows] if self.copies else rows, self.labels[start : start + self.size]
-
-
 def built(make: Callable[[], nn.Module], cut: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = make()
@@ -134,6 +124,16 @@ def through_engine(make: Callable[[], nn.Module], cut: str, store: str, data: Pi
     return Way(loader, engine, model, optimizer), engine
 
 
+def through_slices(make: Callable[[], nn.Module], cut: str, source: Any, data: Pictures, batch: int) -> Way:
+    """The ceiling: slices of the rows of ``source``, resident."""
+    every = torch.arange(len(data))
+    tensors, fields = source.format.decode(every, source.store.read(every), torch.device("cpu"))
+    model, optimizer = built(make, cut)
+    parts = cf.split(model, torch.stack([data[0][0], data[1][0]]))
+    slices = Slices.of_rows(parts, model, tensors, fields[0], batch)
+    return Way(slices, lambda x: parts.suffix(*x), model, optimizer)
+
+
 def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """One cut of one model: the ceiling and the tiers, an epoch of each in turn."""
     make, batch, cuts = MODELS[name]
@@ -145,40 +145,36 @@ def case(name: str, cut: str, folder: Path, rounds: int, seconds: float) -> dict
     for tier, store in (("host", "host"), ("hdf5", f"hdf5:{folder}")):
         ways[tier], engines[tier] = through_engine(make, cut, store, data, batch)
     source = engines["host"].cache._rows["train"]
-    everything = source.store.read(torch.arange(count))
-    tensors, fields = source.format.decode(torch.arange(count), everything, torch.device("cpu"))
-    model, optimizer = built(make, cut)
-    parts = cf.split(model, torch.stack([data[0][0], data[1][0]]))
-    before = [tensor._version for tensor in tensors]
-    parts.suffix(*(tensor[:2] for tensor in tensors))  # one that writes into its rows trains on copies
-    copies = before != [tensor._version for tensor in tensors]
-    ways["ceiling"] = Way(Slices(tensors, fields[0], batch, copies), lambda x: parts.suffix(*x), model, optimizer)
+    ways["ceiling"] = through_slices(make, cut, source, data, batch)
     for way in ways.values():
         way.epoch()
     taken: dict[str, list[float]] = {way: [] for way in ways}
-    names = list(ways)
     for at in range(rounds):
-        for way in names[at % 3 :] + names[: at % 3]:
+        for way in in_turn(list(ways), at):
             taken[way].append(ways[way].epoch())
     found = {
-        "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": copies,
+        "model": name, "cut": cut, "batch": batch, "batches": count // batch, "copies": ways["ceiling"].batches.copies,
         "row_bytes": sum(field.item_bytes for field in source.spec.fields),
         "ceiling_ms_a_batch": 1e3 * statistics.median(taken["ceiling"]) * batch / count,
         "pass_check_ms": 1e3 * _median(source.check, 5),
         "seconds": taken,
     }  # fmt: skip
-    for tier in ("host", "hdf5"):
-        store = engines[tier].cache._rows["train"].store
+    for tier, engine in engines.items():
         pairs = list(zip(taken[tier], taken["ceiling"], strict=True))
-        found[tier] = {
-            "to_ceiling": statistics.median(a / b for a, b in pairs),
-            "least": min(a / b for a, b in pairs),
-            "most": max(a / b for a, b in pairs),
-            "over_us_a_batch": 1e6 * statistics.median(a - b for a, b in pairs) * batch / count,
-            "gather_us_a_batch": 1e6 * _median(lambda store=store: store.read(torch.randperm(count)[:batch]), 20),
-        }
-        engines[tier].close()
+        found[tier] = _beside_ceiling(pairs, engine.cache._rows["train"].store, count, batch)
+        engine.close()
     return found
+
+
+def _beside_ceiling(pairs: list[tuple[float, float]], store: Any, count: int, batch: int) -> dict[str, float]:
+    """A tier's epochs and the ceiling's of the same rounds."""
+    return {
+        "to_ceiling": statistics.median(a / b for a, b in pairs),
+        "least": min(a / b for a, b in pairs),
+        "most": max(a / b for a, b in pairs),
+        "over_us_a_batch": 1e6 * statistics.median(a - b for a, b in pairs) * batch / count,
+        "gather_us_a_batch": 1e6 * _median(lambda: store.read(torch.randperm(count)[:batch]), 20),
+    }
 
 
 def _median(what: Callable[[], Any], times: int) -> float:
@@ -222,12 +218,10 @@ def table(cases: list[dict[str, Any]]) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Each cut's epoch over its ceiling, against how long a step of the ceiling takes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for number, name in enumerate(MODELS):
         ours = [one for one in found["cases"] if one["model"] == name]
         if not ours:
@@ -273,16 +267,12 @@ def main() -> int:
         "schema": 1,
         "benchmark": "ceiling",
         "config": {"rounds": args.rounds, "seconds": args.seconds},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "cases": sorted(cases, key=lambda one: order.index((one["model"], one["cut"]))),
     }
-    if args.out is not None:
-        write(found, args.out)
+    finish(found, args.out)
     if args.plot is not None:
         plot(found, args.plot)
-    print(json.dumps(found))
     return 0
 
 

@@ -6,11 +6,12 @@ The method, and how to read the table, is in benchmarks/README.md. The last line
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from common import finish
 
 from cachefreeze.cli import bench, plot
 from cachefreeze.errors import UsageError
@@ -32,11 +33,6 @@ def timed(args: argparse.Namespace) -> dict[str, Any]:
     return measure(bench.job_of(args), say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
-def write(found: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
 def main() -> int:
     args = parse()
     try:
@@ -46,11 +42,9 @@ def main() -> int:
         return 2
     if not args.json:
         print(table(found))
+    finish(found, args.out)
     if args.plot is not None:
         plot.draw_timings(found, args.plot)
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
     return 0
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
+from shared_data import DATA
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -27,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.models import build_model
-from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.machine import load_average, made_on, synchronize
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 SCHEMA = 1
 # name of a variant -> store, prefix; a plain epoch has neither
@@ -166,9 +166,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("plain", *FILLS)}
         for round_ in range(config.rounds):
             say(f"{table}: round {round_ + 1}/{config.rounds}")
-            names = list(runs)
-            turn = round_ % len(names)
-            for name in [*names[turn:], *names[:turn]]:
+            for name in in_turn(list(runs), round_):
                 runs[name].append(_run(name, plain, filler, config, samples, device))
         tables[table] = {name: _row(name, runs) for name in runs}
     return {
@@ -180,9 +178,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
             "samples": len(chosen),
             "weights": Path(config.weights).name if config.weights else None,
         },
-        "hardware": hardware(device),
-        "versions": versions(),
-        "load_average": {"before": load_before, "after": load_average()},
+        **made_on(load_before, device),
         "tables": tables,
     }
 
@@ -273,15 +269,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="results file")
     found = vars(parser.parse_args())
     out, smoke = found.pop("out"), found.pop("smoke")
-    photos = Path(os.environ.get("CACHEFREEZE_DATA") or "../shared/data") / "flowers"
+    photos = DATA / "flowers"
     found["data"] = found["data"] or (str(photos) if photos.is_dir() else "digits")
     if smoke:
         found |= {"data": "digits", "image_size": 32, "samples": 128, "rounds": 1}
     result = measure(Config(**found), lambda line: print(line, file=sys.stderr, flush=True))
     print(table(result))
-    if out is not None:
-        write(result, out)
-    print(json.dumps(result))
+    finish(result, out)
     return 0
 
 

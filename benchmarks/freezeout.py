@@ -10,18 +10,14 @@ decoded once, before the clock starts, so that a slow decoder flatters nobody. T
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import clocks, config_parser, configured, finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -29,8 +25,9 @@ from torchvision.models.resnet import BasicBlock
 
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
-from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 SCHEMA = 1
 VARIANTS = ("baseline", "frozen", "cached", "ceiling")
@@ -174,11 +171,6 @@ class Resident:
             yield tuple(t[at : at + self.size].clone() for t in self.tensors), self.labels[at : at + self.size]
 
 
-def clocks(device: torch.device) -> tuple[float, float]:
-    synchronize(device)
-    return time.perf_counter(), time.process_time()
-
-
 def measure(config: Config) -> list[Run]:
     found = load_data("cifar10")
     data, test = decoded(found.train, config.samples), decoded(found.val, config.test)
@@ -190,8 +182,7 @@ def measure(config: Config) -> list[Run]:
         made += [Run(variant, name, seed) for name in schedules if name != "none" for variant in VARIANTS[1:]]
         turns = [train(config, run, schedules[run.schedule], data, test) for run in made]
         for epoch in range(config.epochs):
-            shift = epoch % len(turns)
-            for turn in turns[shift:] + turns[:shift]:
+            for turn in in_turn(turns, epoch):
                 next(turn)
             print(f"seed {seed}, epoch {epoch}", file=sys.stderr, flush=True)
         runs += made
@@ -254,28 +245,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, Path | None]:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            parser.add_argument(option, action="store_true")
-        elif isinstance(value, tuple):
-            parser.add_argument(option, type=type(value[0]), nargs="+", default=value)
-        else:
-            parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
-    parser.add_argument("--out", type=Path, help="results file")
-    found = vars(parser.parse_args(arguments))
-    out, smoke = found.pop("out"), found.pop("smoke")
-    if smoke:
-        found |= {"samples": 100, "test": 50, "epochs": 4, "seeds": 1, "width": 2, "t0": (0.5,), "how": ("linear",)}
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}), out
-
-
 def main() -> int:
-    config, out = parse()
+    args = config_parser(__doc__, Config).parse_args()
+    smoke = {"samples": 100, "test": 50, "epochs": 4, "seeds": 1, "width": 2, "t0": (0.5,), "how": ("linear",)}
+    config = configured(Config, args, smoke)
     before = load_average()
     runs = measure(config)
     rows = summarise(runs)
@@ -284,15 +257,11 @@ def main() -> int:
         "schema": SCHEMA,
         "benchmark": "freezeout",
         "config": asdict(config),
-        "hardware": hardware(torch.device(config.device)),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before, config.device),
         "summary": rows,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(found, out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

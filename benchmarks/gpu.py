@@ -8,18 +8,17 @@ The last line printed is one JSON object, also kept as benchmarks/results/gpu-<n
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_parts
 import torch
+from common import finish
 
 from cachefreeze.machine import hardware, load_average, versions
 
@@ -54,22 +53,24 @@ def parts(device: torch.device, rounds: int, smoke: bool) -> dict[str, Any]:
     """What is timed here, each with the seconds it took."""
     from torchvision.models import resnet18, resnet50
 
-    steps = {"width": 64, "steps": 3} if smoke else {"width": 2048, "steps": 300}
-    head = {"rows": 2048, "width": 64, "classes": 10, "batch": 256}
-    cut: dict[str, Any] = {"model": resnet18, "image": 32, "samples": 16, "batch": 8}
-    if not smoke:
-        head = {"rows": 1_280_000, "width": 2048, "classes": 1000, "batch": 1024}
-        cut = {"model": resnet50, "image": 224, "samples": 768, "batch": 64}
-    todo: dict[str, Callable[[], dict[str, Any]]] = {
-        "short_steps": lambda: gpu_parts.short_steps(device, rounds=rounds, **steps),
-        "million_rows": lambda: gpu_parts.million_rows(device, rounds=rounds, **head),
+    steps: dict[str, Any] = {"width": 2048, "steps": 300}
+    head: dict[str, Any] = {"rows": 1_280_000, "width": 2048, "classes": 1000, "batch": 1024}
+    cut: dict[str, Any] = {"model": resnet50, "image": 224, "samples": 768, "batch": 64}
+    if smoke:
+        steps = {"width": 64, "steps": 3}
+        head = {"rows": 2048, "width": 64, "classes": 10, "batch": 256}
+        cut = {"model": resnet18, "image": 32, "samples": 16, "batch": 8}
+    cut["train_from"] = "layer3"
+    todo = {
+        "short_steps": partial(gpu_parts.short_steps, **steps),
+        "million_rows": partial(gpu_parts.million_rows, **head),
+        "middle_cut": partial(gpu_parts.middle_cut, autocast=None, **cut),
+        "middle_cut_bf16": partial(gpu_parts.middle_cut, autocast=torch.bfloat16, **cut),
     }
-    for name, autocast in (("middle_cut", None), ("middle_cut_bf16", torch.bfloat16)):
-        todo[name] = partial(gpu_parts.middle_cut, device, train_from="layer3", rounds=rounds, autocast=autocast, **cut)
-    found = {}
+    found: dict[str, Any] = {}
     for name, run in todo.items():
         began = time.perf_counter()
-        found[name] = run()
+        found[name] = run(device, rounds=rounds)
         found[name]["part_seconds"] = time.perf_counter() - began
         print(f"{name}: {found[name]['part_seconds']:.1f} s", file=sys.stderr, flush=True)
     return found
@@ -79,21 +80,21 @@ def targets(found: dict[str, Any]) -> list[tuple[str, float, str, float, bool]]:
     """What was aimed at: name, found, relation, aim, and whether it holds."""
     steps = [found["short_steps"][head] for head in ("linear", "two-layer")]
     cut = found["middle_cut"]
-    million = found["million_rows"]["median_seconds"]["compiled"]
+    epoch_seconds = found["million_rows"]["median_seconds"]["compiled"]
     aims = [
         ("device tier over the ceiling, middle cut", cut["to_ceiling"]["device"], "<=", 1.05),
         ("eager over compiled, linear head", steps[0]["eager_to_compiled"], ">=", 3.0),
         ("eager over compiled, two-layer head", steps[1]["eager_to_compiled"], ">=", 3.0),
         ("16 linear heads over one, compiled", steps[0]["heads_to_one"], "<=", 2.0),
-        (
-            "seconds an epoch over a million rows, compiled",
-            million,
-            "<=",
-            0.5,
-        ),
+        ("seconds an epoch over a million rows, compiled", epoch_seconds, "<=", 0.5),
         ("share of the transfer hidden, host", cut["hidden"]["host"], ">=", 0.9),
     ]
     return [(*aim, aim[1] <= aim[3] if aim[2] == "<=" else aim[1] >= aim[3]) for aim in aims]
+
+
+def results_file(name: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
 
 
 def main() -> int:
@@ -137,11 +138,7 @@ def main() -> int:
         "timings": timings,
     }
     print(f"in all {result['total_seconds']:.0f} s (aim: under 480)")
-    if not args.smoke:
-        name = args.name or torch.cuda.get_device_name()
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        epoch_timings.write(result, ROOT / "benchmarks" / "results" / f"gpu-{slug}.json")
-    print(json.dumps(result))
+    finish(result, None if args.smoke else results_file(args.name or torch.cuda.get_device_name()))
     return 1 if tests["exit_status"] else 0
 
 

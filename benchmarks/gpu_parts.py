@@ -7,40 +7,18 @@ benchmarks/README.md.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from common import interleaved, ratio
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import synchronize
-
-
-def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every round of every way, each round beginning with the next; one round before is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            synchronize(device)
-            began = time.perf_counter()
-            ways[name]()
-            synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def ratio(seconds: Mapping[str, list[float]], way: str, to: str) -> float:
-    """Median over the rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(seconds[way], seconds[to], strict=True))
 
 
 class Headed(nn.Module):
@@ -69,15 +47,12 @@ def _eager(engine: cf.Engine, optimizer: torch.optim.Optimizer, autocast: torch.
     return step
 
 
-def _compiled(engine: cf.Engine, optimizer: torch.optim.Optimizer, autocast: torch.dtype | None) -> Callable[..., Any]:
-    compiled = engine.compile_step(functional.cross_entropy, optimizer)
+def _under(autocast: torch.dtype, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def under(x: Any, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, dtype=autocast):
+            return step(x, y)
 
-    def step(x: Any, y: Tensor) -> Tensor:
-        with torch.autocast(y.device.type, dtype=autocast, enabled=autocast is not None):
-            return compiled(x, y)
-
-    step.compiled = compiled  # type: ignore[attr-defined]
-    return step
+    return under
 
 
 def short_steps(device: torch.device, *, width: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -138,7 +113,7 @@ def million_rows(
         cf.FieldSpec(name="field.0", shape=(), dtype=torch.int64),
     )
     store = cf.DeviceStore(cf.StoreSpec(rows=rows, fields=fields), device)
-    ways, compiled = {}, None
+    ways = {}
     initial = Headed(width, nn.Linear(width, classes)).to(device)
     for index in torch.arange(rows).split(65536):
         inputs, labels = (tensor[index].to(device) for tensor in data.tensors)
@@ -151,9 +126,11 @@ def million_rows(
         cf.freeze(model, train_from="head")
         engine = cf.Engine(model, store, autocast=torch.bfloat16)
         batches = engine.loader(DataLoader(data, batch, shuffle=True, drop_last=True))
-        make = _eager if way == "eager" else _compiled
-        step = make(engine, torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9), torch.bfloat16)
-        compiled = getattr(step, "compiled", compiled)
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9)
+        step = _eager(engine, optimizer, torch.bfloat16)
+        if way == "compiled":
+            compiled = engine.compile_step(functional.cross_entropy, optimizer)
+            step = _under(torch.bfloat16, compiled)
         ways[way] = _epoch(batches, step)
     ways["loader alone"] = _epoch(batches, lambda x, y: None)
     seconds = interleaved(ways, rounds, device)

@@ -1,10 +1,7 @@
-"""What several benchmarks share: CIFAR-10 by classes, decoded once, and a small ResNet pretrained on five of them."""
+"""CIFAR-10 by classes, decoded once, and a small ResNet pretrained on five of them."""
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from cachefreeze.cli.data import load_data
 
 PRETRAINED_ON, TRANSFERRED_TO = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
-# Student's t, two-sided 95 %, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def classes_of(classes: Sequence[int], train: int, test: int) -> tuple[TensorDataset, TensorDataset]:
@@ -58,22 +53,3 @@ def accuracy(model: torch.nn.Module, test: TensorDataset) -> float:
     with torch.no_grad():
         hits = [(model.eval()(x).argmax(1) == y).float() for x, y in batches]
     return float(torch.cat(hits).mean())
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and half the width of its 95 % interval over seeds (Student's t); None for a single one."""
-    half = None
-    if len(values) > 1:
-        half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": statistics.mean(values), "half_width": half}
-
-
-def shown(found: dict[str, float | None], spec: str) -> str:
-    """``mean ± half width``."""
-    half = "-" if found["half_width"] is None else format(found["half_width"], spec.replace("+", ""))
-    return f"{found['mean']:{spec}} ± {half}"
-
-
-def clocks() -> tuple[float, float]:
-    """Wall time, and this process's, which others on the machine do not lengthen."""
-    return time.perf_counter(), time.process_time()

@@ -6,22 +6,20 @@ The method is in benchmarks/README.md. The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish, interleaved, ratio
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, synchronize, versions
+from cachefreeze.machine import load_average, made_on
 
 SCHEMA = 1
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -106,25 +104,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for width in _WIDTHS:
         for kind in _OPTIMIZERS:
             epochs = _epochs(width, args.heads, kind, args)
-            seconds: dict[str, list[float]] = {name: [] for name in epochs}
-            for round_ in range(args.rounds + 1):
-                names = list(epochs)
-                for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                    synchronize(torch.device(args.device))
-                    began = time.perf_counter()
-                    epochs[name]()
-                    synchronize(torch.device(args.device))
-                    if round_:  # the first is the warm-up
-                        seconds[name].append(time.perf_counter() - began)
-            ratios = {
-                name: statistics.median(a / b for a, b in zip(seconds[name], seconds["one"], strict=True))
-                for name in epochs
-                if name != "one"
-            }
+            seconds = interleaved(epochs, args.rounds, torch.device(args.device))
+            ratios = {name: ratio(seconds, name, "one") for name in epochs if name != "one"}
             cases.append(
                 {"row_width": width, "optimizer": kind, "heads": args.heads, "seconds": seconds, "to_one": ratios}
             )
-            shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+            shown = ", ".join(f"{name} {found:.2f}x" for name, found in ratios.items())
             one_ms = 1000 * statistics.median(seconds["one"])
             print(f"rows of {width:5}, {kind:13} one head {one_ms:8.2f} ms an epoch; {args.heads} {shown}", flush=True)
     return cases
@@ -148,14 +133,10 @@ def main() -> int:
         "schema": SCHEMA,
         "benchmark": "heads",
         "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "hardware": hardware(torch.device(args.device)),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before, args.device),
         "cases": cases,
     }
-    if args.out is not None:
-        write(result, args.out)
-    print(json.dumps(result))
+    finish(result, args.out)
     return 0
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 ROW_BYTES = 64 << 10
 BATCH = 64
@@ -123,9 +123,7 @@ def measure(sizes: Sequence[int], place: Path | None, earlier: Sequence[dict[str
         "schema": 1,
         "benchmark": "memory",
         "config": {"row_bytes": ROW_BYTES, "batch": BATCH, "block": BLOCK},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "runs": runs,
         "largest_to_smallest": {
             phase: {what: last[phase][what] / first[phase][what] for what in PEAKS} for phase in ("filled", "reopened")
@@ -161,9 +159,7 @@ def main() -> int:
     held = json.loads(args.out.read_text())["runs"] if args.out is not None and args.out.exists() else []
     found = measure(sizes, args.dir, held)
     print(found["largest_to_smallest"])
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import random
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from plan_accuracy import Encoder, catalogue, digits, tensors, vision, wide
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 MARGIN = 0.02
 _DRAWS = 2000
@@ -180,15 +179,11 @@ def main() -> None:
         "within_margin": sum(row["within_margin"] for row in rows),
         "surely_slower": [row["case"] for row in rows if row["surely_slower"]],
         "cases": rows,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
     }
     surely = ", ".join(found["surely_slower"]) or "none"
     print(f"{found['within_margin']} of {len(rows)} within {MARGIN:.0%}; surely slower: {surely}")
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
 
 
 if __name__ == "__main__":

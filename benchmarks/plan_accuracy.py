@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -29,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import cachefreeze as cf
 from cachefreeze.cli.data import load_data
 from cachefreeze.cli.digits import DigitsCNN
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.timings import evenly
+from cachefreeze.timings.rounds import in_turn
 
 EPOCHS = (2, 3, 10, 30)
 WITHIN = 0.05
@@ -145,8 +145,7 @@ def measure(job: Job, boundary: str, rounds: int, folder: str, samples: int) -> 
         for name in ("host", "hdf5"):
             first[name] = epochs[name]()
         for at in range(rounds):
-            names = list(stores)
-            for name in [*names[at % 3 :], *names[: at % 3]]:
+            for name in in_turn(list(stores), at):
                 later[name].append(epochs[name]())
     rows = {name: plan.at(boundary) for name, plan in plans.items()}
     frozen = statistics.median(later["off"])
@@ -177,21 +176,15 @@ def contexts(
     stores: dict[str, str], models: dict[str, nn.Module], loader: DataLoader[Any], setup: dict[str, float]
 ) -> Iterator[dict[str, Callable[[], float]]]:
     """An engine for each store, and what it took to make its loader."""
-    opened: dict[str, Any] = {}
-    try:
+    epochs = {}
+    with ExitStack() as opened:
         for name, store in stores.items():
             began = time.perf_counter()
-            opened[name] = running(cf.Engine(models[name], store), loader)
-            epoch = opened[name].__enter__()
+            epochs[name] = opened.enter_context(running(cf.Engine(models[name], store), loader))
             setup[name] = time.perf_counter() - began
-            stores_epoch = epoch
-            opened[name] = (opened[name], stores_epoch)
         setup["host"] -= setup["off"]
         setup["hdf5"] -= setup["off"]
-        yield {name: epoch for name, (_, epoch) in opened.items()}
-    finally:
-        for context, _ in opened.values():
-            context.__exit__(None, None, None)
+        yield epochs
 
 
 def total(case: dict[str, Any], option: str, epochs: int, what: str) -> float:
@@ -241,14 +234,47 @@ def errors(cases: list[dict[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
+def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far off the figures are, how many choices are as good as the best, and all of both."""
+    signed, chosen = errors(cases), choices(cases)
+    all_errors = [abs(error) for found in signed.values() for error in found]
+    return {
+        "figures": len(all_errors),
+        "median_error": statistics.median(all_errors),
+        "median_errors": {name: statistics.median(map(abs, those)) for name, those in signed.items()},
+        "median_signed_errors": {name: statistics.median(those) for name, those in signed.items()},
+        "choices": len(chosen),
+        "choices_within": sum(choice["behind"] <= WITHIN for choice in chosen) / len(chosen),
+        "cases": cases,
+        "chosen": chosen,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Predicted and measured milliseconds of every figure."""
+    lines = []
+    for case in found["cases"]:
+        line = f"{case['job']:26} {case['boundary']:12} frozen {_pair(case['frozen'])}"
+        for name, tier in case["tiers"].items():
+            line += f"  {name}: setup {_pair(tier['setup'])} fill {_pair(tier['fill'])} cached {_pair(tier['cached'])}"
+        lines.append(line)
+    lines.append(
+        f"median relative error {found['median_error']:.1%} of {found['figures']} figures; "
+        f"{found['choices_within']:.0%} of {found['choices']} choices within {WITHIN:.0%} of the best"
+    )
+    return "\n".join(lines)
+
+
+def _pair(figure: dict[str, float]) -> str:
+    return f"{1e3 * figure['predicted']:.4g}/{1e3 * figure['measured']:.4g}"
+
+
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Predicted against measured, all figures of all cases."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
     points: dict[str, list[tuple[float, float]]] = {}
     for case in cases:
         points.setdefault("frozen", []).append((case["frozen"]["measured"], case["frozen"]["predicted"]))
@@ -295,43 +321,18 @@ def main() -> None:
                 place = f"{folder}/{len(cases)}-{number}"
                 cases.append(measure(job, boundary, 2 if args.smoke else args.rounds, place, samples))
                 print(f"{job.name} at {boundary}", file=sys.stderr, flush=True)
-    signed, chosen = errors(cases), choices(cases)
-    all_errors = [abs(error) for found in signed.values() for error in found]
     found = {
         "schema": 1,
         "benchmark": "plan_accuracy",
         "rounds": args.rounds,
         "clock": args.clock,
-        "figures": len(all_errors),
-        "median_error": statistics.median(all_errors),
-        "median_errors": {name: statistics.median(map(abs, those)) for name, those in signed.items()},
-        "median_signed_errors": {name: statistics.median(those) for name, those in signed.items()},
-        "choices": len(chosen),
-        "choices_within": sum(choice["behind"] <= WITHIN for choice in chosen) / len(chosen),
-        "cases": cases,
-        "chosen": chosen,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **summarise(cases),
+        **made_on(before),
     }
-    for case in cases:
-        line = f"{case['job']:26} {case['boundary']:12} frozen {_pair(case['frozen'])}"
-        for name, tier in case["tiers"].items():
-            line += f"  {name}: setup {_pair(tier['setup'])} fill {_pair(tier['fill'])} cached {_pair(tier['cached'])}"
-        print(line)
-    print(
-        f"median relative error {found['median_error']:.1%} of {len(all_errors)} figures; "
-        f"{found['choices_within']:.0%} of {len(chosen)} choices within {WITHIN:.0%} of the best"
-    )
-    if args.out is not None:
-        write(found, args.out)
+    print(table(found))
+    finish(found, args.out)
     if args.plot is not None:
         draw(cases, args.plot)
-    print(json.dumps(found))
-
-
-def _pair(figure: dict[str, float]) -> str:
-    return f"{1e3 * figure['predicted']:.4g}/{1e3 * figure['measured']:.4g}"
 
 
 if __name__ == "__main__":

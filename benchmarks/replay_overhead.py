@@ -7,9 +7,6 @@ forward around the head: stubs, glue, attributes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,9 +14,11 @@ from pathlib import Path
 
 import torch
 import torchvision
+from common import finish
 
 import cachefreeze as cf
 from cachefreeze import splitting
+from cachefreeze.machine import hardware, load_average, versions
 from cachefreeze.splitting import ReplayExecutor
 from cachefreeze.splitting.fx_executor import FxExecutor
 
@@ -69,14 +68,12 @@ def main() -> None:
     result = {
         "schema": 1,
         "benchmark": "replay_overhead",
-        "hardware": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch_threads": 1},
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "cachefreeze": cf.__version__},
-        "load_average": list(os.getloadavg()),
+        "hardware": hardware(torch.device("cpu")),
+        "versions": versions(),
+        "load_average": load_average(),
         "cases": found,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

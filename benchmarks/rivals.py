@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import finish
 from contenders.job import Clock, Job, accuracy
 from contenders.table import CONTENDERS
-from epoch_timings import write
 
 from cachefreeze.cli.data import load_data
 from cachefreeze.machine import hardware, load_average, versions
@@ -62,8 +62,10 @@ def in_process(job: Job, name: str) -> dict[str, Any]:
     try:
         found = receiver.recv()
     except EOFError:
+        found = None
+    process.join()  # its status is known only then
+    if found is None:
         found = {"name": name, "error": f"the process died (status {process.exitcode})"}
-    process.join()
     return {**found, "load": before}
 
 
@@ -250,11 +252,9 @@ def main() -> int:
         return 2
     found = results(lines, left_out)
     print(table(found))
+    finish(found, args.out)
     if args.plot is not None:
         draw(found, args.plot)
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
     return 0
 
 

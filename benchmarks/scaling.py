@@ -6,7 +6,6 @@ The method is in benchmarks/README.md. The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 BASE = {"rows": 2000, "floats": 256, "batch": 64}
 SWEEPS: dict[str, Sequence[int]] = {
@@ -82,12 +81,10 @@ def line(case: dict[str, Any]) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Per sweep the median epoch; and the time after so many epochs."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
     labels = {"rows": "rows", "floats": "bytes in a row", "batch": "batch"}
     for axis, (what, label) in zip(axes, labels.items(), strict=False):
         for tier in TIERS:
@@ -126,17 +123,13 @@ def main() -> int:
         "schema": 1,
         "benchmark": "scaling",
         "config": {"base": BASE, "cached_epochs": count},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "cases": cases,
         "epochs": {tier: epochs(tier, BASE, long) for tier in TIERS},
     }
-    if args.out is not None:
-        write(found, args.out)
+    finish(found, args.out)
     if args.plot is not None:
         plot(found, args.plot)
-    print(json.dumps(found))
     return 0
 
 

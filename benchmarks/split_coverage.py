@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from covering.case import Case
 from covering.catalogue import LIBRARIES, cases_of, prepare
 from covering.run import PLACES, package_digest, run_case
 
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 SCHEMA = 1
 _MEMORY_BYTES = 6 << 30
@@ -184,9 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             "jobs": options.jobs,
             "smoke": options.smoke,
         },
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions() | _library_versions(),
-        "load_average": {"before": load_before, "after": load_average()},
+        **made_on(load_before, packages=("timm", "transformers", "networkx")),
         "seconds": round(time.perf_counter() - began, 1),
         "models_not_run": missing,
         "summary": totals,
@@ -204,10 +201,6 @@ def _resumed(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {(row["library"], row["name"]): row for row in rows}
-
-
-def _library_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("timm", "transformers", "networkx")}
 
 
 def _without_traces(row: dict[str, Any]) -> dict[str, Any]:

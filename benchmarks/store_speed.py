@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import shutil
 import statistics
@@ -23,12 +22,12 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from epoch_timings import write
+from common import finish
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.stores import FieldSpec, HDF5Store, HostStore, Store, StoreSpec
 from cachefreeze.stores.hdf5 import SYNC_BYTES
 
@@ -261,9 +260,7 @@ def measure(sizes: list[Size], rounds: int, fills: int, place: Path | None) -> d
         "schema": 1,
         "benchmark": "store_speed",
         "config": {"rounds": rounds, "fills": fills},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions() | {name: getattr(_optional(name), "__version__", None) for name in ("zarr", "lmdb")},
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before, packages=("zarr", "lmdb")),
         "sizes": found,
     }
 
@@ -294,9 +291,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="keep the JSON object in this file")
     args = parser.parse_args()
     found = measure(SMOKE, 3, 1, args.dir) if args.smoke else measure(SIZES, args.rounds, args.fills, args.dir)
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

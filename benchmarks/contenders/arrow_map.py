@@ -15,15 +15,13 @@ from contenders.job import Clock, Job, fit, whole
 def run(job: Job, clock: Clock) -> Callable[[Tensor], Tensor]:
     datasets.disable_progress_bars()
     frozen, trained = job.frozen_halves(job.model())
-    folder = job.train.dataset if hasattr(job.train, "dataset") else job.train
-    chosen = getattr(job.train, "indices", range(len(folder)))
-    paths, labels = zip(*(folder.samples[index] for index in chosen), strict=True)
+    paths, labels = zip(*job.files, strict=True)
     images = datasets.Dataset.from_dict({"image": list(paths), "label": list(labels)})
     images = images.cast_column("image", datasets.Image())
 
     @torch.no_grad()
     def extract(batch: dict[str, Any]) -> dict[str, Any]:
-        x = torch.stack([folder.transform(image.convert("RGB")) for image in batch["image"]])
+        x = torch.stack([job.loaded.train.transform(image.convert("RGB")) for image in batch["image"]])
         return {"rows": frozen(x).numpy()}
 
     cached = images.map(

@@ -52,6 +52,12 @@ class Job:
     def val(self) -> Any:
         return evenly(self.loaded.val, 100)
 
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Path and label of every photo in ``train``."""
+        every = self.loaded.train.samples
+        return [every[index] for index in getattr(self.train, "indices", range(len(every)))]
+
     def model(self) -> nn.Module:
         """Pretrained, with a classifier that is new and always the same."""
         torch.manual_seed(self.seed)

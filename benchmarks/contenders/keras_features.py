@@ -40,7 +40,7 @@ def run(job: Job, clock: Clock) -> Callable[[Tensor], Tensor]:
     frozen, trained = job.frozen_halves(job.model())
     base = keras.Sequential([keras.Input((3, job.image_size, job.image_size)), keras.layers.TorchModuleWrapper(frozen)])
     features = base.predict(DataLoader(job.train, job.batch_size), verbose=0)
-    labels = np.array([y for _, y in _labels(job)])
+    labels = np.array([y for _, y in job.files])
     model = _head(features, trained)
     model.compile(
         optimizer=keras.optimizers.AdamW(1e-3, weight_decay=0.01, epsilon=1e-8),
@@ -48,11 +48,6 @@ def run(job: Job, clock: Clock) -> Callable[[Tensor], Tensor]:
     )
     model.fit(features, labels, batch_size=job.batch_size, epochs=job.epochs, verbose=0, callbacks=[Timer(clock)])
     return whole(frozen, model)
-
-
-def _labels(job: Job) -> Any:
-    folder = job.train.dataset if hasattr(job.train, "dataset") else job.train
-    return [folder.samples[index] for index in getattr(job.train, "indices", range(len(folder)))]
 
 
 def _head(features: Any, trained: nn.Module) -> Any:

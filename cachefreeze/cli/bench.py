@@ -41,11 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, draw."""
-    if args.plot is not None:
-        if args.plot.is_dir():
-            raise UsageError(f"--plot {args.plot} is a folder; name a file")
-        job.make_folder(args.plot.parent)
-        plot.check()  # before the minutes that measuring takes
     timed = job_of(args)
     with tqdm(total=steps(timed), leave=False, disable=None) as bar:
 
@@ -61,11 +56,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def job_of(args: argparse.Namespace) -> Job:
-    """What the options describe.
+    """What the options describe; there is a place for the plot, and something to draw it with.
 
     Raises:
         UsageError: They do not fit together, or name what is not there.
     """
+    if args.plot is not None:
+        if args.plot.is_dir():
+            raise UsageError(f"--plot {args.plot} is a folder; name a file")
+        job.make_folder(args.plot.parent)
+        plot.check()  # before the minutes that measuring takes
     device = job.device_of(args.device)
     if args.cache_dir is not None:
         job.make_folder(args.cache_dir)

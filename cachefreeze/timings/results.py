@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from cachefreeze.machine import hardware, load_average, versions
+from cachefreeze.machine import made_on
 from cachefreeze.splitting import Parts
 from cachefreeze.timings.variants import Job, Variant
 
@@ -35,9 +35,7 @@ def results(job: Job, parts: Parts, variants: Mapping[str, Variant], load_before
             "bytes_per_sample": parts.boundary.bytes_per_sample,
         },
         "batches_per_epoch": batches,
-        "hardware": hardware(job.device),
-        "versions": versions(),
-        "load_average": {"before": load_before, "after": load_average()},
+        **made_on(load_before, job.device),
         "variants": {name: _row(variant, variants, job, batches) for name, variant in variants.items()},
     }
 

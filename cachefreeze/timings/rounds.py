@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from cachefreeze.machine import load_average, synchronize
 from cachefreeze.timings.results import results
 from cachefreeze.timings.variants import Job, Variant, ceiling, through_engine
 
+Way = TypeVar("Way")
 _WARM_UP_BATCHES = 2
 
 
@@ -62,6 +63,12 @@ def measure(job: Job, *, say: Callable[[str], None] = lambda line: None) -> dict
 def steps(job: Job) -> int:
     """How many lines :func:`measure` says."""
     return 1 + job.fills * len(job.tiers) + job.rounds
+
+
+def in_turn(ways: Sequence[Way], round_: int) -> list[Way]:
+    """The order of one round: every round begins with the next of them, and goes on from there."""
+    first = round_ % len(ways)
+    return [*ways[first:], *ways[:first]]
 
 
 def run_epoch(job: Job, variant: Variant, seed: int, *, batches: int | None = None) -> float:
@@ -114,7 +121,6 @@ def _fill(job: Job, folder: Path, through: Callable[[str, str], Variant], say: C
 def _take_turns(job: Job, variants: list[Variant], say: Callable[[str], None]) -> None:
     for round_ in range(job.rounds):
         say(f"round {round_ + 1}/{job.rounds}")
-        turn = round_ % len(variants)
-        for variant in [*variants[turn:], *variants[:turn]]:
+        for variant in in_turn(variants, round_):
             # the k-th epoch of every variant has the same seed; a tier's first was its fill
             variant.seconds.append(run_epoch(job, variant, job.seed + len(variant.losses)))

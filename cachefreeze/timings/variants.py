@@ -182,10 +182,16 @@ class Slices:
                 made.append(rows if isinstance(rows, tuple) else (rows,))
                 labels.append(y.to(job.device))
         model.train()
+        columns = zip(zip(*made, strict=True), parts.boundary.tensors, strict=True)
+        resident = [torch.cat(column, spec.batch_dim) for column, spec in columns]
+        return cls.of_rows(parts, model, resident, torch.cat(labels), job.batch_size)
+
+    @classmethod
+    def of_rows(cls, parts: Parts, model: nn.Module, resident: list[Tensor], labels: Tensor, size: int) -> Slices:
+        """Of rows that are there; ``model``, whose suffix is tried on two of them, is as before."""
         dims = [tensor.batch_dim for tensor in parts.boundary.tensors]
-        resident = [torch.cat(column, dim) for column, dim in zip(zip(*made, strict=True), dims, strict=True)]
         copies = _writes(parts, model, [t.narrow(d, 0, 2).clone() for t, d in zip(resident, dims, strict=True)])
-        return cls(resident, dims, torch.cat(labels), job.batch_size, copies)
+        return cls(resident, dims, labels, size, copies)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         for start in range(0, len(self.labels), self.size):
