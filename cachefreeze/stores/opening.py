@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from cachefreeze.errors import CacheFreezeError, StaleCacheError, StoreError, StoreSpaceError, UsageError
-from cachefreeze.fingerprint import difference, identity
+from cachefreeze.fingerprint import difference, differing, identity
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
 from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.file import read_header
@@ -76,11 +76,6 @@ class Wanted:
     def file_spec(self) -> StoreSpec:
         """Rows and fields of a file."""
         return replace(self.spec, fields=(*self.spec.fields, *self.beside))
-
-    def differing(self, found: Mapping[str, str]) -> set[str]:
-        """Fields of another fingerprint that differ."""
-        keys = found.keys() | self.fingerprint.keys()
-        return {key for key in keys if found.get(key) != self.fingerprint.get(key)}
 
     @property
     def file_stem(self) -> str:
@@ -247,12 +242,12 @@ def _older(folder: Path, wanted: Wanted) -> list[Path]:
 def _serves(path: Path, wanted: Wanted) -> bool:
     """Whether a file holds the wanted rows, perhaps brought up to date."""
     header = read_header(path)
-    differing = wanted.differing(header.fingerprint)
+    different = differing(header.fingerprint, wanted.fingerprint)
     if header.fields != wanted.file_spec.fields or header.rows != wanted.spec.rows:
         return False
     if wanted.revision is None:
-        return not differing
-    return differing <= wanted.of_rows and wanted.revision.serves(path, same=not differing)
+        return not different
+    return different <= wanted.of_rows and wanted.revision.serves(path, same=not different)
 
 
 def _folder(place: Path) -> Path:
