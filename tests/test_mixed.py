@@ -24,7 +24,8 @@ from cachefreeze.stores import (
     spread,
 )
 from cachefreeze.stores.base import check_spec
-from cachefreeze.testing.stores import StoreTests, assert_same, every_kind, one_field, one_ragged, values
+from cachefreeze.testing.specs import assert_same, every_kind, one_field, one_ragged, values
+from cachefreeze.testing.stores import StoreTests
 
 
 def parts(spec, count=3):

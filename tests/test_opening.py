@@ -13,7 +13,7 @@ from cachefreeze.stores import HDF5Store, HostStore, opening
 from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.locks import FileLock
 from cachefreeze.stores.opening import Wanted, for_another, open_store
-from cachefreeze.testing.stores import one_field, one_ragged
+from cachefreeze.testing.specs import one_field, one_ragged
 
 WANTED = Wanted(
     spec=one_field(), name="train", boundary="layer4.0", fingerprint={"weights": "abc"}, attributes={},
