@@ -61,6 +61,14 @@ def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
     assert open_store("auto", WANTED).tier == "host"
 
 
+def test_auto_makes_no_folder_that_it_does_not_need(tmp_path):
+    """Where memory has room, the disk is not asked: the folder need not even be possible."""
+    (tmp_path / "file").touch()
+    assert open_store(f"auto:{tmp_path / 'file' / 'folder'}", WANTED).tier == "host"
+    assert open_store(f"auto:{tmp_path / 'folder'}", WANTED).tier == "host"
+    assert not (tmp_path / "folder").exists()
+
+
 def test_folders_and_files(tmp_path, caplog):
     """A folder gets a file per fingerprint, and a miss says why; a file that was named is that file or an error."""
     open_store(f"hdf5:{tmp_path / 'new' / 'folder'}", WANTED).close()
