@@ -184,16 +184,17 @@ def _parts(spec: StoreSpec, room: Mapping[str, int], folder: str) -> list[tuple[
     Rows beyond a device's room are best beside it. Rows beyond the room in memory are best all on disk, where the next
     run finds them and the system keeps in memory what it can, unless the disk has no room for all of them.
     """
-    shares = spread(spec, list(room.values()))
+    shares, disk_bytes = spread(spec, list(room.values())), 0
     if shares is None and folder:  # only then is the folder made
         disk_bytes = int(_DISK_SHARE * free_disk_bytes(_folder(Path(folder).expanduser())))
-        if spec.nbytes <= disk_bytes and not room.get("device"):
-            return []
         room = {**room, "hdf5": disk_bytes}
         shares = spread(spec, list(room.values()))
-    starts = [0, *accumulate(shares or ())]
-    parts = [(tier, *edges) for tier, edges in zip(room, pairwise(starts), strict=False) if edges[0] < edges[1]]
-    return parts if len(parts) > 1 else []
+    if shares is None:
+        return []
+    edges = pairwise([0, *accumulate(shares)])
+    parts = [(tier, start, stop) for tier, (start, stop) in zip(room, edges, strict=True) if start < stop]
+    one_is_as_good = len(parts) == 1 or (parts[0][0] == "host" and spec.nbytes <= disk_bytes)
+    return [] if one_is_as_good else parts
 
 
 def _spread_over_tiers(wanted: Wanted, folder: str, parts: Sequence[tuple[str, int, int]]) -> Store:
