@@ -34,13 +34,14 @@ def identity(fields: Mapping[str, str]) -> str:
     return xxhash.xxh3_128_hexdigest(joined.encode())[:12]
 
 
+def differing(old: Mapping[str, str], new: Mapping[str, str]) -> set[str]:
+    """Names of the fields that differ."""
+    return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+
+
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """Readable lines for the fields that differ, old value against new."""
-    return [
-        f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
-        for key in sorted(set(old) | set(new))
-        if old.get(key) != new.get(key)
-    ]
+    return [f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}" for key in sorted(differing(old, new))]
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -102,6 +102,7 @@ class Revision:
         self._view = view
         self._beside = list(beside)
         self.keys = torch.from_numpy(view.made_of.keys)
+        self._consumed = np.zeros(len(self.keys), np.int64)  # digests of samples as they are now; 0: not fetched yet
         self.rewritten = 0
         self.stale: frozenset[int] = frozenset()
 
@@ -192,10 +193,14 @@ class Revision:
             return True
         some = unchanged[evenly(len(unchanged), _COMPARED)]
         known = some[inputs[some] != 0]
-        return not len(known) or bool((inputs[known] == self._inputs(known.tolist()).numpy()).all())
+        return not len(known) or bool((inputs[known] == self._inputs(known.tolist())).all())
 
-    def _inputs(self, rows: list[int]) -> Tensor:
-        return input_digests(self._view.layout.example(self._view.fetch(rows)), len(rows))
+    def _inputs(self, rows: list[int]) -> NDArray[np.int64]:
+        """Digests of what the model consumes of samples, each fetched once however often a file is looked at."""
+        new = [row for row in rows if not self._consumed[row]]
+        if new:
+            self._consumed[new] = input_digests(self._view.layout.example(self._view.fetch(new)), len(new)).numpy()
+        return self._consumed[rows]
 
     def _apply(self, store: HDF5Store, plan: _Plan) -> None:
         for run, ring in chains({row: source for row, source in plan.sources.items() if row != source}):

@@ -23,6 +23,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from cachefreeze.fingerprint import digest, tensor_bytes
 from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import preserved_random_state
+from cachefreeze.ragged import evenly
 
 # Samples that are fetched to see which element of each list they take.
 _PROBED = 4
@@ -108,9 +109,9 @@ def _columns(dataset: Any, state: dict[str, Any]) -> dict[str, Any]:
     bound = any(isinstance(value, types.MethodType) and value.__self__ is dataset for value in state.values())
     if not listed or bound:
         return {}
-    taken = _taken(dataset, listed, count)
-    own = {name for name, indices in taken.items() if indices and all(at == {index} for index, at in indices.items())}
-    own = {name for name in own if len(taken[name]) == len(_some(count))}
+    probed = evenly(count, _PROBED)
+    taken = _taken(dataset, listed, probed)
+    own = {name for name, indices in taken.items() if indices == {index: {index} for index in probed}}
     unused = {name for name, indices in taken.items() if not indices}
     repeated = {name for name in unused if any(_repeats(listed[name], listed[other]) for other in own)}
     return {name: listed[name] for name in own | repeated}
@@ -122,15 +123,11 @@ def _is_list(value: Any) -> bool:
     return type(value) in (list, tuple)
 
 
-def _some(count: int) -> list[int]:
-    return sorted({round(i * (count - 1) / (_PROBED - 1)) for i in range(_PROBED)})
-
-
-def _taken(dataset: Any, listed: dict[str, Any], count: int) -> dict[str, dict[int, set[int | None]]]:
+def _taken(dataset: Any, listed: dict[str, Any], probed: list[int]) -> dict[str, dict[int, set[int | None]]]:
     """Per list and sample: which elements ``dataset[sample]`` takes; None stands for anything else than an element."""
     taken: dict[str, dict[int, set[int | None]]] = {name: {} for name in listed}
     with preserved_random_state(), preserved_generators(dataset):
-        for index in _some(count):
+        for index in probed:
             recorders = {name: _Recorder(value) for name, value in listed.items()}
             try:
                 observed = copy.copy(dataset)

@@ -10,7 +10,7 @@ import torch
 
 from cachefreeze.cli import main
 from cachefreeze.stores import HDF5Store
-from cachefreeze.testing.stores import one_field, one_ragged, rows_of, values
+from cachefreeze.testing.specs import one_field, one_ragged, rows_of, values
 
 DAY = 86400
 

@@ -41,7 +41,7 @@ from cachefreeze.stores.layout import HEADER_BYTES, metadata_sha256
 from cachefreeze.stores.locks import FileLock
 from cachefreeze.stores.sparse import SparseFile
 from cachefreeze.stores.system import System, system
-from cachefreeze.testing.stores import (
+from cachefreeze.testing.specs import (
     ROWS,
     assert_same,
     every_kind,

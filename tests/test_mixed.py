@@ -24,7 +24,8 @@ from cachefreeze.stores import (
     spread,
 )
 from cachefreeze.stores.base import check_spec
-from cachefreeze.testing.stores import StoreTests, assert_same, every_kind, one_field, one_ragged, values
+from cachefreeze.testing.specs import assert_same, every_kind, one_field, one_ragged, values
+from cachefreeze.testing.stores import StoreTests
 
 
 def parts(spec, count=3):
@@ -156,6 +157,18 @@ def test_auto_spreads_rows(tmp_path, monkeypatch, free):
     everything = torch.arange(160)
     store.write(everything, values(spec, everything))
     assert_same(store.read(everything), values(spec, everything))
+
+
+def test_a_device_with_no_room_for_a_share_changes_nothing(tmp_path, monkeypatch):
+    """Rows go to disk as a whole, as without a device, where the next run finds all of them."""
+    monkeypatch.setattr(opening, "free_device_bytes", lambda device: 40)
+    monkeypatch.setattr(opening, "free_host_bytes", lambda: 2_000)
+    monkeypatch.setattr(opening, "free_disk_bytes", lambda folder: 10**9)
+    wanted = opening.Wanted(
+        spec=one_field(shape=(5,), rows=160), name="train", boundary="fc", fingerprint={"weights": "a"}, attributes={},
+        device=torch.device("meta"),
+    )  # fmt: skip
+    assert opening.open_store(f"auto:{tmp_path}", wanted).tier == "hdf5"
 
 
 def test_a_part_on_disk_is_one_samples(tmp_path, monkeypatch):

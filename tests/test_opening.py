@@ -13,7 +13,7 @@ from cachefreeze.stores import HDF5Store, HostStore, opening
 from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.locks import FileLock
 from cachefreeze.stores.opening import Wanted, for_another, open_store
-from cachefreeze.testing.stores import one_field, one_ragged
+from cachefreeze.testing.specs import one_field, one_ragged
 
 WANTED = Wanted(
     spec=one_field(), name="train", boundary="layer4.0", fingerprint={"weights": "abc"}, attributes={},
@@ -59,6 +59,14 @@ def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
         open_store("auto", WANTED)
     monkeypatch.setattr(opening, "free_host_bytes", lambda: None)
     assert open_store("auto", WANTED).tier == "host"
+
+
+def test_auto_makes_no_folder_that_it_does_not_need(tmp_path):
+    """Where memory has room, the disk is not asked: the folder need not even be possible."""
+    (tmp_path / "file").touch()
+    assert open_store(f"auto:{tmp_path / 'file' / 'folder'}", WANTED).tier == "host"
+    assert open_store(f"auto:{tmp_path / 'folder'}", WANTED).tier == "host"
+    assert not (tmp_path / "folder").exists()
 
 
 def test_folders_and_files(tmp_path, caplog):

@@ -12,7 +12,7 @@ import torch
 
 from cachefreeze.stores import HostStore
 from cachefreeze.stores.recycling import _BLOCKS, Recycler
-from cachefreeze.testing.stores import one_field, values
+from cachefreeze.testing.specs import one_field, values
 
 SHAPE = (512, 1024)  # 2 MiB of float32
 

@@ -21,9 +21,8 @@ from cachefreeze.stores.codec import Rounding, stored_dtype
 from cachefreeze.stores.hdf5 import HDF5Store
 from cachefreeze.stores.memory import DeviceStore, HostStore
 from cachefreeze.stores.ragged import Lengths
-from cachefreeze.testing.stores import (
+from cachefreeze.testing.specs import (
     ROWS,
-    StoreTests,
     assert_same,
     lengths_of,
     one_field,
@@ -32,6 +31,7 @@ from cachefreeze.testing.stores import (
     values,
     with_rubbish,
 )
+from cachefreeze.testing.stores import StoreTests
 
 SPEC = StoreSpec(
     rows=9,

@@ -35,7 +35,7 @@ from cachefreeze.stores.removal import remove_cache
 from cachefreeze.stores.system import System
 from cachefreeze.testing import faults, hostile, powercuts, torture
 from cachefreeze.testing.judge import Truth, judge, judge_file, torture_spec
-from cachefreeze.testing.stores import one_field, rows_of, values
+from cachefreeze.testing.specs import one_field, rows_of, values
 
 # Python 3.12 warns of fork in a process with threads. The children here use one thread.
 pytestmark = [

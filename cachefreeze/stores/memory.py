@@ -66,8 +66,7 @@ class _TensorStore(Store):
         if free_bytes is not None and spec.nbytes > free_bytes:
             raise _space_error(spec, device, free_bytes)
         super().__init__(spec, device)
-        self._pin = pin
-        self._recycler = Recycler()
+        self._recycler = Recycler(pin=pin)
         try:
             self._data = {field.name: _allocate(field, spec.rows, device) for field in spec.fields}
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on the CPU and a subclass on CUDA
@@ -111,14 +110,7 @@ class _TensorStore(Store):
         data = self._data[name]
         if data.device.type != "cpu":  # needs CUDA, or another accelerator
             return data.index_select(0, index)
-        if not self._pin:
-            fresh = self._recycler.empty((len(index), *data.shape[1:]), data.dtype)
-            return torch.index_select(data, 0, index, out=fresh)
-        return self._gather_pinned(data, index)  # needs CUDA
-
-    @staticmethod
-    def _gather_pinned(data: Tensor, index: Tensor) -> Tensor:  # needs CUDA
-        fresh = torch.empty((len(index), *data.shape[1:]), dtype=data.dtype, pin_memory=True)
+        fresh = self._recycler.empty((len(index), *data.shape[1:]), data.dtype)
         return torch.index_select(data, 0, index, out=fresh)
 
 

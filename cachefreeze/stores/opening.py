@@ -8,13 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from cachefreeze.errors import CacheFreezeError, StaleCacheError, StoreError, StoreSpaceError, UsageError
-from cachefreeze.fingerprint import difference, identity
+from cachefreeze.fingerprint import difference, differing, identity
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
 from cachefreeze.stores.creation import lock_path
 from cachefreeze.stores.file import read_header
@@ -77,11 +78,6 @@ class Wanted:
         """Rows and fields of a file."""
         return replace(self.spec, fields=(*self.spec.fields, *self.beside))
 
-    def differing(self, found: Mapping[str, str]) -> set[str]:
-        """Fields of another fingerprint that differ."""
-        keys = found.keys() | self.fingerprint.keys()
-        return {key for key in keys if found.get(key) != self.fingerprint.get(key)}
-
     @property
     def file_stem(self) -> str:
         """``<name>-<boundary>``, in characters that every file system takes."""
@@ -108,10 +104,12 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
             )
         return where
     tier, _, place = where.partition(":")
-    if tier == "auto" and (mixed := _spread_over_tiers(wanted, place)) is not None:
-        return mixed
     if tier == "auto":
-        tier, _, place = _fastest(wanted, place).partition(":")
+        room = _room_in_memory(wanted.spec.nbytes, wanted.device)
+        parts = _parts(wanted.spec, room, place)
+        if parts:
+            return _spread_over_tiers(wanted, place, parts)
+        tier, _, place = _fastest(wanted.spec, room, place).partition(":")
     if tier == "device" and not place:
         return DeviceStore(wanted.spec, wanted.device)
     if tier == "host" and not place:
@@ -152,51 +150,55 @@ def fitting_tier(nbytes: int, device: torch.device, folder: str = "") -> str | N
     Returns:
         The tier; None where no tier has room.
     """
+    return _first_with_room(nbytes, _room_in_memory(nbytes, device), folder)
+
+
+def _room_in_memory(nbytes: int, device: torch.device) -> dict[str, int]:
+    """Bytes that ``auto`` takes of each tier in memory, fastest first; ``nbytes`` where the host does not say."""
+    room = {}
     if device.type != "cpu":
-        free_bytes = free_device_bytes(device)
-        if free_bytes is not None and nbytes <= _DEVICE_SHARE * free_bytes:
-            return "device"
+        room["device"] = int(_DEVICE_SHARE * (free_device_bytes(device) or 0))
     free_bytes = free_host_bytes()
-    if free_bytes is None or nbytes <= _HOST_SHARE * free_bytes:
-        return "host"
-    return f"hdf5:{folder}" if folder else None
+    room["host"] = nbytes if free_bytes is None else int(_HOST_SHARE * free_bytes)
+    return room
 
 
-def _fastest(wanted: Wanted, folder: str) -> str:
-    needed_bytes = wanted.spec.nbytes
-    tier = fitting_tier(needed_bytes, wanted.device, folder)
+def _first_with_room(nbytes: int, room: Mapping[str, int], folder: str) -> str | None:
+    tier = next((tier for tier, free_bytes in room.items() if nbytes <= free_bytes), None)
+    return tier or (f"hdf5:{folder}" if folder else None)
+
+
+def _fastest(spec: StoreSpec, room: Mapping[str, int], folder: str) -> str:
+    tier = _first_with_room(spec.nbytes, room, folder)
     if tier is None:
         raise StoreSpaceError(
-            f"{wanted.spec.rows:,} rows need {needed_bytes:,} bytes; store='auto' takes half of the "
+            f"{spec.rows:,} rows need {spec.nbytes:,} bytes; store='auto' takes half of the "
             f"{free_host_bytes():,} free in RAM at most. Use store='hdf5:DIR', a smaller dtype or a later boundary"
         )
     return tier
 
 
-def _spread_over_tiers(wanted: Wanted, folder: str) -> Store | None:
-    """A store over several tiers, where no single one is as good; None where one is, or all together have no room.
+def _parts(spec: StoreSpec, room: Mapping[str, int], folder: str) -> list[tuple[str, int, int]]:
+    """(tier, its first row, the first row of the next); none where one tier is as good, or all have no room together.
 
     Rows beyond a device's room are best beside it. Rows beyond the room in memory are best all on disk, where the next
     run finds them and the system keeps in memory what it can, unless the disk has no room for all of them.
     """
-    room = {}
-    if wanted.device.type != "cpu":
-        room["device"] = int(_DEVICE_SHARE * (free_device_bytes(wanted.device) or 0))
-    free_bytes = free_host_bytes()
-    room["host"] = wanted.spec.nbytes if free_bytes is None else int(_HOST_SHARE * free_bytes)
-    if folder:
-        room["hdf5"] = int(_DISK_SHARE * free_disk_bytes(_folder(Path(folder).expanduser())))
-    alone = [tier for tier, free in room.items() if wanted.spec.nbytes <= free]
-    shares = spread(wanted.spec, list(room.values()))
-    if shares is None or (alone and ("device" in alone or not room.get("device"))):
-        return None
-    parts, start = [], 0
-    for tier, rows in zip(room, shares, strict=True):
-        if rows:
-            parts.append((tier, start, start + rows))
-            start += rows
-    if len(parts) == 1:
-        return None
+    shares, disk_bytes = spread(spec, list(room.values())), 0
+    if shares is None and folder:  # only then is the folder made
+        disk_bytes = int(_DISK_SHARE * free_disk_bytes(_folder(Path(folder).expanduser())))
+        room = {**room, "hdf5": disk_bytes}
+        shares = spread(spec, list(room.values()))
+    if shares is None:
+        return []
+    edges = pairwise([0, *accumulate(shares)])
+    parts = [(tier, start, stop) for tier, (start, stop) in zip(room, edges, strict=True) if start < stop]
+    one_is_as_good = len(parts) == 1 or (parts[0][0] == "host" and spec.nbytes <= disk_bytes)
+    return [] if one_is_as_good else parts
+
+
+def _spread_over_tiers(wanted: Wanted, folder: str, parts: Sequence[tuple[str, int, int]]) -> Store:
+    """A store over several tiers; the parts that are made are closed where a later one cannot be."""
     made: list[Store] = []
     try:
         for tier, start, stop in parts:
@@ -247,12 +249,12 @@ def _older(folder: Path, wanted: Wanted) -> list[Path]:
 def _serves(path: Path, wanted: Wanted) -> bool:
     """Whether a file holds the wanted rows, perhaps brought up to date."""
     header = read_header(path)
-    differing = wanted.differing(header.fingerprint)
+    different = differing(header.fingerprint, wanted.fingerprint)
     if header.fields != wanted.file_spec.fields or header.rows != wanted.spec.rows:
         return False
     if wanted.revision is None:
-        return not differing
-    return differing <= wanted.of_rows and wanted.revision.serves(path, same=not differing)
+        return not different
+    return different <= wanted.of_rows and wanted.revision.serves(path, same=not different)
 
 
 def _folder(place: Path) -> Path:

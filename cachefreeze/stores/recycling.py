@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import final
 
@@ -36,8 +38,8 @@ class Recycler:
             it without waiting has run.
     """
 
-    def __init__(self) -> None:
-        self.pin = False
+    def __init__(self, *, pin: bool = False) -> None:
+        self.pin = pin
         # each with where it is aligned, and the array within it that was handed out last
         self._blocks: deque[tuple[NDArray[np.uint8], int, weakref.ref[NDArray[np.uint8]]]] = deque()
 
@@ -71,5 +73,5 @@ class Recycler:
         self._blocks.append((block, start, weakref.ref(made)))
         return made
 
-    def __reduce__(self) -> tuple[type[Recycler], tuple[()]]:
-        return Recycler, ()
+    def __reduce__(self) -> tuple[Callable[..., Recycler], tuple[()]]:
+        return partial(Recycler, pin=self.pin), ()

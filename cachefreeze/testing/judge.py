@@ -13,7 +13,7 @@ from torch import Tensor
 from cachefreeze.errors import CorruptRowError
 from cachefreeze.stores.base import FieldSpec, Store, StoreSpec
 from cachefreeze.stores.hdf5 import HDF5Store
-from cachefreeze.testing.stores import values
+from cachefreeze.testing.specs import values
 
 
 def torture_spec(rows: int) -> StoreSpec:

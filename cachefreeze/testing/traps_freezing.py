@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cachefreeze.testing.trap_models_crossing import Masked, masked_batch
 from cachefreeze.testing.trap_table import TrapTable, linear
-from cachefreeze.testing.traps import Chain, Masked, images, masked_batch, sequences, tokens
+from cachefreeze.testing.traps import Chain, images, sequences, tokens
 
 table = TrapTable()
 
