@@ -152,11 +152,6 @@ class View:
             made.append((replace(batch, example=batch.example.to(device)), rows))
         return made
 
-    def fields(self) -> list[tuple[str, Tensor]]:
-        """Path of every stored field, and its values for a few samples."""
-        values = self.layout.field_tensors(self.fetch(_first(self.dataset)))
-        return list(zip(self.layout.field_names, values, strict=True))
-
     @cached_property
     def made_of(self) -> Keyed | None:
         """What the samples are made of, one by one, when this was first asked; None where that cannot be told."""
