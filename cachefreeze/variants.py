@@ -20,7 +20,7 @@ from cachefreeze.batches import leaves_of, lists_samples
 from cachefreeze.errors import BatchDependentError, FieldError, RandomSampleError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import generators_of, preserved_generators, preserved_states, seed_generator
-from cachefreeze.isolation import preserved_random_state
+from cachefreeze.isolation import preserved_random_state, seed_generators
 from cachefreeze.probing import collated, drawn_twice, same_row
 from cachefreeze.ragged import evenly
 
@@ -165,9 +165,7 @@ def _check_alone(made: Variants, items: list[Any]) -> None:
 
 
 def _seeded(made: Variants, seed: int, items: list[Any]) -> Any:
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - as above
-    random.seed(seed)
+    seed_generators(seed)
     for generator in made._own:
         seed_generator(generator, seed)
     return collated(made.collate_fn, copy.deepcopy(items))
