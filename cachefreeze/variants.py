@@ -151,9 +151,10 @@ def _check_alone(made: Variants, items: list[Any]) -> None:
     if lists_samples(collated(made.collate_fn, copy.deepcopy(items)), len(items)):
         raise FieldError("variants= needs batches of tensors; this collate function only lists its samples")
     for seed in range(_TRIED_SEEDS):
+        first = _seeded(made, seed, items)
         for place in {0, last // 2, last}:
             others = [items[place] if at == place else items[last - at] for at in range(len(items))]
-            first, second = (_seeded(made, seed, some) for some in (items, others))
+            second = _seeded(made, seed, others)
             for one, other in zip(leaves_of(first), leaves_of(second), strict=False):
                 rows = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim() and other.dim()
                 if rows and len(one) == len(other) == len(items) and not same_row(one[place], other[place]):
