@@ -150,7 +150,7 @@ class UniformRows(RowFormat):
         self._shapes = _shapes(view.example())
         beside = [
             FieldSpec(name=f"field.{i}", shape=tuple(values.shape[1:]), dtype=values.dtype)
-            for i, (_, values) in enumerate(view.fields())
+            for i, (_, values) in enumerate(view.layout.fields)
         ]
         self.fields = (*(codec.field for codec in self._codecs), *beside)
         self.attributes = {f"field.{i}": path for i, path in enumerate(view.layout.field_names)}

@@ -62,7 +62,10 @@ class ListedSamples:
 
     def batch_of_sizes(self, data: Sequence[bytes]) -> Any:
         """The user's batch of stored items, with sizes in place of images."""
-        batch = self.batch([self._with_size(self.codec.decode(item)) for item in data])
+        return self.sized(self.batch([self._with_size(self.codec.decode(item)) for item in data]))
+
+    def sized(self, batch: Any) -> Any:
+        """A batch with sizes in place of its images."""
         images = self.layout.lists(batch).images
         sizes = [list(image.shape) for image in images]
         return self.layout.replace(batch, lambda entries: sizes if entries is images else entries)
@@ -172,10 +175,7 @@ def _without_pixels(item: Any, at: int) -> Any:
 
 def _check_stored(samples: ListedSamples, items: list[Any]) -> None:
     """Items that went through their bytes are collated as the items themselves, but for the pixels."""
-    batch = samples.batch(items)
-    images = samples.layout.lists(batch).images
-    sizes = [list(image.shape) for image in images]
-    wanted = samples.layout.replace(batch, lambda entries: sizes if entries is images else entries)
+    wanted = samples.sized(samples.batch(items))
     if digest(wanted) != digest(samples.batch_of_sizes([samples.encode(item) for item in items])):
         raise BatchDependentError(
             "the collate function makes something else of items without pixels, or of items that were stored and read "

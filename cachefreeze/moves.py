@@ -114,11 +114,7 @@ def worthwhile(frozen: Sequence[int], costs: Costs, cached: int) -> tuple[list[i
     held = staying(frozen, costs, cached)
     path, seconds = best_path(frozen, costs, cached)
     if seconds > _AHEAD * held:
-        place, path = cached, []
-        for count in frozen:
-            place = place if place <= count else 0
-            path.append(place)
-        seconds = held
+        path, seconds = _kept(frozen, cached), held
     return path, seconds, held
 
 
@@ -146,8 +142,13 @@ def too_short(frozen: Sequence[int], path: Sequence[int]) -> list[tuple[int, int
 
 def staying(frozen: Sequence[int], costs: Costs, cached: int) -> float:
     """Seconds without any further move, but for those that a thaw forces."""
-    total, place = 0.0, cached
+    return sum((costs.epoch(place, count) for place, count in zip(_kept(frozen, cached), frozen, strict=True)), 0.0)
+
+
+def _kept(frozen: Sequence[int], cached: int) -> list[int]:
+    """The cached boundary of each epoch without any further move: a thaw lets it go for good."""
+    path = []
     for count in frozen:
-        place = place if place <= count else 0
-        total += costs.epoch(place, count)
-    return total
+        cached = cached if cached <= count else 0
+        path.append(cached)
+    return path

@@ -87,8 +87,9 @@ class View:
             check_deterministic(dataset, collate)
         with preserved_random_state():
             batch = collate_samples(dataset, collate, _first(dataset))
-            one = collate_samples(dataset, collate, [0])
-        if lists_samples(batch, len(_first(dataset))) and lists_samples(one, 1):
+            # a list of three entries may be of three fields
+            listed = lists_samples(batch, 3) and lists_samples(collate_samples(dataset, collate, [0]), 1)
+        if listed:
             layout = BatchLayout(batch, inputs, arguments, stored=False, listed=True)
             items = measure_lists(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset))
             return cls(dataset, collate, layout, listed=items)
@@ -99,7 +100,7 @@ class View:
             made = cls(dataset, collate, layout, samples, dataloader.dataset)
         else:
             made = cls(dataset, collate, BatchLayout(batch, inputs, arguments), source=dataloader.dataset)
-        check_batch_dims(made)
+        check_batch_dims(made, batch)
         return made
 
     @classmethod
@@ -117,7 +118,7 @@ class View:
                 "the dataset or the collate function"
             )
         made = cls(drawn, joined, layout, source=source, turns=Turns(len(source), count, seed))
-        check_batch_dims(made)
+        check_batch_dims(made, made.fetch(_first(drawn)))
         return made
 
     def __len__(self) -> int:
@@ -151,11 +152,6 @@ class View:
             batch = self.ragged.padded(self.fetch(rows), rows)
             made.append((replace(batch, example=batch.example.to(device)), rows))
         return made
-
-    def fields(self) -> list[tuple[str, Tensor]]:
-        """Path of every stored field, and its values for a few samples."""
-        values = self.layout.field_tensors(self.fetch(_first(self.dataset)))
-        return list(zip(self.layout.field_names, values, strict=True))
 
     @cached_property
     def made_of(self) -> Keyed | None:
@@ -221,15 +217,18 @@ def fetch_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
     return list(batched(list(indices))) if batched else [dataset[i] for i in indices]
 
 
-def check_batch_dims(view: View) -> None:
+def check_batch_dims(view: View, three: Any) -> None:
     """Every tensor of a batch must have one row per sample in its first dimension.
+
+    Args:
+        view: Whose batches.
+        three: The batch of the first three samples; that of two is fetched.
 
     Raises:
         BatchDependentError: A field has another number of rows, so it belongs to the batch and not to samples.
     """
     layout = view.layout
-    for count in (2, 3):
-        batch = view.fetch(_first(view.dataset)[:count])
+    for count, batch in ((2, view.fetch(_first(view.dataset)[:2])), (3, three)):
         example = layout.example(batch)
         consumed = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
         named: list[tuple[str, Tensor]] = []

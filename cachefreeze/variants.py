@@ -20,7 +20,7 @@ from cachefreeze.batches import leaves_of, lists_samples
 from cachefreeze.errors import BatchDependentError, FieldError, RandomSampleError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import generators_of, preserved_generators, preserved_states, seed_generator
-from cachefreeze.isolation import preserved_random_state
+from cachefreeze.isolation import preserved_random_state, seed_generators
 from cachefreeze.probing import collated, drawn_twice, same_row
 from cachefreeze.ragged import evenly
 
@@ -151,9 +151,10 @@ def _check_alone(made: Variants, items: list[Any]) -> None:
     if lists_samples(collated(made.collate_fn, copy.deepcopy(items)), len(items)):
         raise FieldError("variants= needs batches of tensors; this collate function only lists its samples")
     for seed in range(_TRIED_SEEDS):
+        first = _seeded(made, seed, items)
         for place in {0, last // 2, last}:
             others = [items[place] if at == place else items[last - at] for at in range(len(items))]
-            first, second = (_seeded(made, seed, some) for some in (items, others))
+            second = _seeded(made, seed, others)
             for one, other in zip(leaves_of(first), leaves_of(second), strict=False):
                 rows = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim() and other.dim()
                 if rows and len(one) == len(other) == len(items) and not same_row(one[place], other[place]):
@@ -165,9 +166,7 @@ def _check_alone(made: Variants, items: list[Any]) -> None:
 
 
 def _seeded(made: Variants, seed: int, items: list[Any]) -> Any:
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - as above
-    random.seed(seed)
+    seed_generators(seed)
     for generator in made._own:
         seed_generator(generator, seed)
     return collated(made.collate_fn, copy.deepcopy(items))

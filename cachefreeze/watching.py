@@ -6,7 +6,7 @@ transform. Files are covered by the fingerprint when a store is opened; here it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -44,10 +44,11 @@ class SampleWatch:
     def __init__(self, view: View) -> None:
         self._view = view
         self._count, self._samples = len(view), view.samples
-        self._lists = self._listed()
-        before = self._bound()  # holds the objects: another one cannot take the address of one of them meanwhile
-        self._content = {index: self._sample(index) for index in evenly(self._count, _KNOWN)}
-        after = self._bound()
+        datasets = self._datasets()
+        self._lists = _listed(datasets)
+        before = _bound(datasets)  # holds the objects: another one cannot take the address of one of them meanwhile
+        self._content = {index: self._digests(self._fetch(index)) for index in evenly(self._count, _KNOWN)}
+        after = _bound(self._datasets())
         # a dataset that counts or keeps what it has loaded binds attributes with every access
         steady = [where for where in before if where in after and _key(before[where]) == _key(after[where])]
         self._steady = {where: _key(before[where]) for where in steady}
@@ -73,52 +74,59 @@ class SampleWatch:
         if len(self._view) != self._count:
             each = self._count // self._samples
             return f"there are {len(self._view) // each} samples, there were {self._samples}"
-        lists = self._listed()
+        datasets = self._datasets()
+        lists = _listed(datasets)
         for where in sorted(lists.keys() | self._lists.keys()):
             if lists.get(where) != self._lists.get(where):
                 return f"{where} is not what it was"
-        now = self._bound()
+        now = _bound(datasets)
         bound = [where for where, key in self._steady.items() if where not in now or _key(now[where]) != key]
         known = list(self._content)
         for index in known if bound else sorted({known[0], known[len(known) // 2]}):
-            inputs, whole = self._sample(index)
-            if (inputs, whole) != self._content[index]:
-                what = "inputs" if inputs != self._content[index][0] else "fields beside the inputs (labels?)"
+            batch = self._fetch(index)
+            inputs, whole = self._content[index]
+            if digest(batch) != whole:  # which is of the inputs too
+                what = "inputs" if self._digests(batch)[0] != inputs else "fields beside the inputs (labels?)"
                 hint = f" (set since: {', '.join(bound)})" if bound else ""
                 return f"the {what} of sample {index} are not what they were{hint}"
         return ""
 
-    def _sample(self, index: int) -> tuple[str, str]:
-        """Digests of what the model consumes of one sample, and of all that the collate function makes of it."""
+    def _fetch(self, index: int) -> Any:
+        """What the collate function makes of one sample."""
         with preserved_generators(self._view.dataset, self._view.collate_fn):
-            batch = self._view.fetch([index])
+            return self._view.fetch([index])
+
+    def _digests(self, batch: Any) -> tuple[str, str]:
+        """Digests of what the model consumes of a batch, and of all of it."""
         example = self._view.layout.example(batch)
         return digest((example.args, example.kwargs)), digest(batch)
 
-    def _listed(self) -> dict[str, str]:
-        """Digests of what the datasets list for every sample."""
-        found = {}
-        for where, dataset in self._datasets():
-            for key, value in vars(dataset).items():
-                if key in _LISTED or (key == "tensors" and isinstance(dataset, TensorDataset)):
-                    found[f"{where}.{key}"] = _list_digest(value)
-        return found
-
-    def _bound(self) -> dict[str, Any]:
-        """The other attributes of the datasets."""
-        return {
-            f"{where}.{key}": value
-            for where, dataset in self._datasets()
-            for key, value in vars(dataset).items()
-            if key not in _LISTED
-        }
-
-    def _datasets(self) -> Iterator[tuple[str, Any]]:
+    def _datasets(self) -> list[tuple[str, Any]]:
+        """All that samples are made of, with the expression that leads to each."""
         seen: set[int] = set()
-        if self._view.turns is None:
-            yield from _within(self._view.dataset, "dataset", seen)
+        own = [] if self._view.turns is not None else [*_within(self._view.dataset, "dataset", seen)]
         # under view= the loader's own dataset is another one, whose labels the user knows
-        yield from _within(self._view.source, "dataset", seen)
+        return [*own, *_within(self._view.source, "dataset", seen)]
+
+
+def _listed(datasets: Sequence[tuple[str, Any]]) -> dict[str, str]:
+    """Digests of what datasets list for every sample."""
+    found = {}
+    for where, dataset in datasets:
+        for key, value in vars(dataset).items():
+            if key in _LISTED or (key == "tensors" and isinstance(dataset, TensorDataset)):
+                found[f"{where}.{key}"] = _list_digest(value)
+    return found
+
+
+def _bound(datasets: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The other attributes of datasets."""
+    return {
+        f"{where}.{key}": value
+        for where, dataset in datasets
+        for key, value in vars(dataset).items()
+        if key not in _LISTED
+    }
 
 
 def _key(value: Any) -> Any:
@@ -136,11 +144,15 @@ def _within(dataset: Any, where: str, seen: set[int]) -> Iterator[tuple[str, Any
         inside: Any = value.items() if isinstance(value, dict) else ()
         if isinstance(value, list | tuple):
             inside = enumerate(value)
-        parts = ((f"{where}.{key}[{at!r}]", part) for at, part in islice(inside, _MAX_PARTS))
-        found = [(f"{where}.{key}", value), *parts]
-        for name, inner in found:
-            if is_map_style(inner) and not isinstance(inner, Tensor | type):
-                yield from _within(inner, name, seen)
+        found = [("", value), *((f"[{at!r}]", part) for at, part in islice(inside, _MAX_PARTS) if _may_hold(part))]
+        for at, inner in found:
+            if _may_hold(inner):
+                yield from _within(inner, f"{where}.{key}{at}", seen)
+
+
+def _may_hold(part: Any) -> bool:
+    """Whether a part of a dataset may be one itself; most are numbers or names, of which there are many."""
+    return hasattr(part, "__dict__") and is_map_style(part) and not isinstance(part, Tensor | type)
 
 
 def _list_digest(value: Any) -> str:

@@ -225,6 +225,35 @@ def test_what_cannot_be_planned():
         cf.plan(slow_model(), batches()).at("7")
 
 
+class SumOfWords(nn.Module):
+    """A classifier of samples of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer, self.head = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.words(x)).sum(1))
+
+
+def test_samples_of_different_lengths_are_measured_with_their_labels():
+    data = [(torch.arange(1, 2 + i % 7), i % 3) for i in range(40)]
+    lengths: list[tuple[int, int]] = []
+
+    def padded(items):
+        x, y = zip(*items, strict=True)
+        return nn.utils.rnn.pad_sequence(x, batch_first=True), torch.tensor(y)
+
+    def loss_fn(output, target):
+        lengths.append((len(output), len(target)))
+        return nn.functional.cross_entropy(output, target)
+
+    plan = cf.plan(SumOfWords(), DataLoader(data, 4, collate_fn=padded), store="host", loss_fn=loss_fn)
+    assert [row.boundary for row in plan.rows] == ["layer", "head"]
+    assert lengths
+    assert all(outputs == targets for outputs, targets in lengths)
+
+
 def test_the_tier_is_the_one_that_fits(monkeypatch, tmp_path):
     monkeypatch.setattr(opening, "free_host_bytes", lambda: 0)
     nowhere = cf.plan(slow_model(), batches())

@@ -193,7 +193,7 @@ def measure(
             target = _target(view, few, wanted, count, device)
             steps = training_steps(model, usage, names, example, target, training.loss_fn, training.optimizer)
             steps = [seconds * (dataloader.batch_size or wanted) / wanted for seconds in steps]
-    beside = sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.fields())
+    beside = sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
     known = row_bytes or {}
     sizes = [known.get(name) or entered for name, entered in zip(names, entering, strict=True)]
     per_sample = [seconds / wanted for seconds in forward]
@@ -232,7 +232,7 @@ def _exposed(fetch: float, workers: int, forward: float) -> float:
 
 def _target(view: View, raw: Any, wanted: int, count: int, device: torch.device) -> Tensor | None:
     """The first field beside the model's inputs, for as many samples as are computed."""
-    values = view.layout.field_tensors(raw) if view.layout.fields else []
+    values = [leaf for leaf in view.layout.field_tensors(raw) if isinstance(leaf, Tensor)]
     if not values or not values[0].dim() or len(values[0]) != count:
         return None
     return values[0][torch.arange(wanted) % count].to(device)

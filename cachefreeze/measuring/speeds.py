@@ -82,9 +82,10 @@ def speed_of(tier: str, device: torch.device, batch: int) -> Speed:
 
 
 def _speed(make: Callable[[StoreSpec], Store], device: torch.device, batch: int) -> Speed:
-    small, large = (max(1, nbytes // (4 * batch)) for nbytes in (_SMALL_BYTES * batch, _LARGE_BYTES))
-    little, much = _timed(make, device, batch, small), _timed(make, device, batch, max(large, small + 1))
-    apart = 4 * batch * (max(large, small + 1) - small)
+    small = _SMALL_BYTES // 4
+    large = max(_LARGE_BYTES // (4 * batch), small + 1)
+    little, much = _timed(make, device, batch, small), _timed(make, device, batch, large)
+    apart = 4 * batch * (large - small)
     slopes = [max(0.0, b - a) / apart for a, b in zip(little, much, strict=True)]
     batches = [max(0.0, a - slope * 4 * batch * small) for a, slope in zip(little, slopes, strict=True)]
     return Speed(read_batch=batches[0], read_byte=slopes[0], write_batch=batches[1], write_byte=slopes[1])
