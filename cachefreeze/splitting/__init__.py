@@ -23,7 +23,7 @@ from cachefreeze.isolation import (
 )
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
-from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied
+from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, as_tuple
 from cachefreeze.splitting.costs import blocks
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
@@ -285,5 +285,5 @@ def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
         with count_flops() as whole:
             some.fresh().call(model)
         with count_flops() as after:
-            cut.suffix(*(made if isinstance(made, tuple) else (made,)), *some.beside)
+            cut.suffix(*as_tuple(made), *some.beside)
     return max(0.0, 1 - after.total / whole.total) if whole.total else 0.0

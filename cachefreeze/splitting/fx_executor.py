@@ -19,7 +19,7 @@ from cachefreeze.errors import SplitError, StaleCacheError
 from cachefreeze.fingerprint import BOOKKEEPING, digest
 from cachefreeze.freezing import FrozenLock
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
-from cachefreeze.splitting.boundary import Cut, Site, Uncopied
+from cachefreeze.splitting.boundary import Cut, Site, Uncopied, as_returned
 from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
 from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
 
@@ -99,8 +99,7 @@ class Prefix(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """Run the frozen part: one tensor, or a tuple in the order of ``boundary.tensors``."""
-        values = _tensors(self.values(*args, **kwargs), self._kept)
-        return values[0] if len(values) == 1 else values
+        return as_returned(_tensors(self.values(*args, **kwargs), self._kept))
 
 
 class Suffix(Uncopied, nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode
-from cachefreeze.splitting.boundary import Site, Uncopied
+from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
 from cachefreeze.splitting.fx_executor import Tracing
 from cachefreeze.tracing import Example
 
@@ -25,7 +25,7 @@ class FxSegment(Uncopied, nn.Module):
         """Run what lies between; rows may be written into."""
         with torch.no_grad(), eval_mode(self.graph):
             values: tuple[Tensor, ...] = self.graph(*rows)
-        return values[0] if len(values) == 1 else values
+        return as_returned(values)
 
 
 def fx_segment(site: Site, end: Site, example: Example, rows: list[Tensor], deeper_rows: list[Tensor]) -> FxSegment:

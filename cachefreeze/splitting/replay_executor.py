@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state
-from cachefreeze.splitting.boundary import Cut, Site
+from cachefreeze.splitting.boundary import Cut, Site, rows_of
 from cachefreeze.splitting.planner import plan
 from cachefreeze.splitting.replay_prefix import ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -45,8 +45,7 @@ class ReplayExecutor:
             prefix = ReplayPrefix(site, planned)
         suffix = ReplaySuffix(site, planned, example)
         some = example.take([0, 1])
-        made = some.fresh().call(prefix)
-        rows = [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
+        rows = rows_of(prefix, some.fresh())
         for train in (False, True):
             with preserved_random_state(), preserved_state(site.model), site.mode(train=train), torch.no_grad():
                 output = _prove(suffix, rows, site, some.fresh())

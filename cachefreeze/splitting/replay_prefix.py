@@ -14,7 +14,7 @@ from cachefreeze import trees
 from cachefreeze.errors import SplitError
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import preserved_state_of
-from cachefreeze.splitting.boundary import Site, Uncopied
+from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
 from cachefreeze.splitting.fx_executor import plain_attributes
 from cachefreeze.splitting.planner import Plan
 from cachefreeze.splitting.replica import Rewrite, replicate
@@ -195,6 +195,6 @@ class ReplayPrefix(Uncopied, nn.Module):
                 "another way on these inputs, or this is a copy of a prefix (copy the model, and split the copy)"
             )
         pairs = zip(self.kept, self.tensors, strict=True)
-        values = tuple(spec.unfold(notes.found[place]) for place, spec in pairs)
+        values = [spec.unfold(notes.found[place]) for place, spec in pairs]
         notes.begin()
-        return values[0] if len(values) == 1 else values
+        return as_returned(values)
