@@ -13,7 +13,7 @@ from torch import nn
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
-from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
+from cachefreeze.freezing import block_list, boundary_event, boundary_of, hooks_of, is_locked, runs_before
 from cachefreeze.isolation import (
     eval_mode,
     preserved_buffers,
@@ -222,19 +222,14 @@ def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[
 def _tell_of_hooks(site: Site) -> None:
     """What a user's hook does is part of how rows are made, and then nothing calls it any more."""
     modules = dict(site.model.named_modules(remove_duplicate=False))
-    hooked = [name for name in site.before if _has_hooks_of_the_user(modules[name])]
+    # torch's own (weight norm, pruning) make weights, and do nothing else
+    hooked = [n for n in site.before if any(not type(h).__module__.startswith("torch.") for h in hooks_of(modules[n]))]
     if hooked:
         _LOG.warning(
             "forward hooks of frozen modules (%s) run while rows are made and not in cached epochs, where no frozen "
             "module runs; what a hook changes in an output is in the rows, what it does beside that is done no more",
             ", ".join(hooked[:3]) + (", …" if len(hooked) > 3 else ""),
         )
-
-
-def _has_hooks_of_the_user(module: nn.Module) -> bool:
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ours_or_torchs = ("cachefreeze.", "torch.")  # the lock on what is frozen; weight norm, pruning
-    return any(not type(hook).__module__.startswith(ours_or_torchs) for hook in hooks)
 
 
 def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:

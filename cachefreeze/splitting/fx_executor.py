@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError, StaleCacheError
 from cachefreeze.fingerprint import BOOKKEEPING, digest
-from cachefreeze.freezing import FrozenLock
+from cachefreeze.freezing import hooks_of
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Cut, Site, Uncopied, as_returned
 from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
@@ -153,7 +153,7 @@ class Suffix(Uncopied, nn.Module):
                             "trains is not what the model holds; replace modules first, then make the Engine"
                         )
         for module in self._follow["opened"]:
-            if _is_hooked(module):
+            if hooks_of(module):
                 raise StaleCacheError(
                     f"a forward hook was registered on {type(module).__name__} after the loader was made, and a traced "
                     "forward would not run it; register hooks first, then make the Engine"
@@ -229,7 +229,7 @@ class Tracing:
             self.opened.append(call.name)  # its parameter-free start may belong to the prefix
         for name in self.opened:
             module = site.model.get_submodule(name)
-            if _is_hooked(module):
+            if hooks_of(module):
                 raise SplitError(
                     f"fx: module {name or type(module).__name__!r} encloses {site.name!r} and has forward hooks, which "
                     "a traced forward would not run; remove them, or hook the modules inside it"
@@ -316,16 +316,10 @@ def _common_end(tracing: Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
     return end
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a module has forward hooks other than the lock on what is frozen."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(not isinstance(hook, FrozenLock) for hook in hooks)
-
-
 def _in_tail(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        return type(module) in _TAIL_MODULES and not _is_hooked(module)  # a subclass may be anything
+        return type(module) in _TAIL_MODULES and not hooks_of(module)  # a subclass may be anything
     return node.op in ("call_function", "call_method") and node.target in _TAIL_FUNCTIONS
 
 
