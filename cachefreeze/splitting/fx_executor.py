@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError, StaleCacheError
-from cachefreeze.fingerprint import BOOKKEEPING, digest
+from cachefreeze.fingerprint import attributes_of, digest
 from cachefreeze.freezing import hooks_of
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Cut, Site, Uncopied, as_returned
@@ -185,26 +185,12 @@ def _reach(module: nn.Module, path: str) -> Any:
 
 def plain_values(modules: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str, Any]]:
     """The plain attributes themselves: what is still the same object was not set anew."""
-    return [
-        (module, name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if name not in BOOKKEEPING and "hook" not in name and not isinstance(value, nn.Module | Tensor)
-    ]
+    return [(module, name, value) for module in modules for name, value in attributes_of(module).items()]
 
 
 def plain_attributes(modules: tuple[nn.Module, ...]) -> str:
     """Digest of what a traced forward may have read from its modules beside weights and submodules."""
-    return digest(
-        [
-            {
-                name: value
-                for name, value in vars(module).items()
-                if name not in BOOKKEEPING and "hook" not in name and not isinstance(value, nn.Module | Tensor)
-            }
-            for module in modules
-        ]
-    )
+    return digest([attributes_of(module) for module in modules])
 
 
 class Tracing:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
-from cachefreeze.fingerprint import BOOKKEEPING
+from cachefreeze.fingerprint import attributes_of
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.splitting.boundary import BoundaryTensor, Site, Uncopied
 from cachefreeze.splitting.lengths import sizes_at
@@ -80,7 +80,10 @@ class ReplaySuffix(Uncopied, nn.Module):
                 made.training = False
         self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
         # a compiled forward follows those of Python's own plain types, which it guards by value
-        self._traced = [(m, o, [n for n, v in vars(o).items() if _is_plain(n, v)]) for m, o, _, _ in self._open]
+        self._traced = [
+            (m, o, [n for n, v in attributes_of(o).items() if isinstance(v, bool | int | float | str | None)])
+            for m, o, _, _ in self._open
+        ]
         self._children = [
             (original, dict(original._modules), type(original), vars(original).get("forward"))
             for _, original in self._copied
@@ -313,11 +316,6 @@ class ReplaySuffix(Uncopied, nn.Module):
             return forward
 
         return make
-
-
-def _is_plain(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is one that a forward reads as a number, a flag or a word."""
-    return name not in BOOKKEEPING and "hook" not in name and isinstance(value, bool | int | float | str | None)
 
 
 def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:
