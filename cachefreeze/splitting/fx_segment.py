@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode
 from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
-from cachefreeze.splitting.fx_executor import Tracing
+from cachefreeze.splitting.fx_tracing import Tracing
 from cachefreeze.tracing import Example
 
 

@@ -12,10 +12,9 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
-from cachefreeze.fingerprint import digest
+from cachefreeze.fingerprint import attributes_of, digest
 from cachefreeze.isolation import preserved_state_of
 from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
-from cachefreeze.splitting.fx_executor import plain_attributes
 from cachefreeze.splitting.planner import Plan
 from cachefreeze.splitting.replica import Rewrite, replicate
 from cachefreeze.splitting.values import Place
@@ -138,7 +137,8 @@ class ReplayPrefix(Uncopied, nn.Module):
         opened = [model.get_submodule(name) for name in site.open_before(names)]
         self._register(site, names, opened)
         # what the fingerprint sees of modules whose forward runs here in part
-        self.recipe = (planned.kept, digest([type(m).forward for m in opened]), plain_attributes(tuple(opened)))
+        seen = [type(m).forward for m in opened], [attributes_of(m) for m in opened]
+        self.recipe = (planned.kept, *map(digest, seen))
         notes = Notes(planned)
         forwards = {name: notes.around(name) for name in names}
         stop = site.known_as
