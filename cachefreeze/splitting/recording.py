@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,29 @@ class OpenInstead(Exception):  # noqa: N818 - not an error: the recording starts
         super().__init__(name)
         self.name = name
         self.reason = reason
+
+
+_Found = TypeVar("_Found")
+
+
+def open_as_needed(attempt: Callable[[frozenset[str]], _Found], may_open: Callable[[str], bool]) -> _Found:
+    """What an attempt gives with as many modules opened as it asks for.
+
+    Args:
+        attempt: Names of the opened modules -> what is wanted.
+        may_open: Whether the module of a name may be opened.
+
+    Raises:
+        OpenInstead: Of a module that is open already, or may not be.
+    """
+    opened = frozenset[str]()
+    while True:
+        try:
+            return attempt(opened)
+        except OpenInstead as found:
+            if found.name in opened or not may_open(found.name):
+                raise
+            opened |= {found.name}
 
 
 @dataclass(frozen=True)
