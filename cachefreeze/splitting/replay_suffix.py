@@ -26,6 +26,9 @@ from cachefreeze.tracing import Example
 # (shape, dtype, device, whether glue writes into it) -> what stands for a value that is not kept
 Poison = Callable[[tuple[int, ...], torch.dtype, torch.device, bool], Tensor]
 
+# Under which calls of the boundary are counted, beside those of its module's stub: no module has this name.
+_BOUNDARY = "\0boundary"
+
 
 class _Pass:
     """One forward of the suffix; its outputs keep it alive where a backward may ask for it.
@@ -67,7 +70,7 @@ class ReplaySuffix(Uncopied, nn.Module):
         arguments = {place[3]: i for place, i in self._places.items() if place[0] == "argument"}
         if site.first_call is not None:
             known = site.known_as
-            self._called["\0boundary"] = sum(call.name == known for call in site.usage.calls)
+            self._called[_BOUNDARY] = sum(call.name == known for call in site.usage.calls)
             forwards[known] = self._boundary(arguments, forwards.get(known))
         for name, rewrite in (around or {}).items():
             forwards[name] = _around(rewrite, forwards.get(name))
@@ -237,20 +240,26 @@ class ReplaySuffix(Uncopied, nn.Module):
 
     # --- stubs ---
 
+    def _arrive(self, name: str) -> tuple[_Pass, int] | None:
+        """Which pass a call belongs to, and its number there; None inside a call that is run as it is."""
+        current = self._pass
+        if current is None:
+            return self._recomputed(name)
+        if current.numbers.inside:
+            return None
+        self._watch_checkpointing(current)
+        return current, current.numbers.next(name)
+
     def _stub(self, name: str) -> Rewrite:
         planned = self.plan
         calls = {number: call for (n, number), call in planned.closed.items() if n == name}
 
         def make(_module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                current = self._pass
-                if current is None:
-                    current, number = self._recomputed(name)
-                elif current.numbers.inside:
+                arrived = self._arrive(name)
+                if arrived is None:
                     return own(*args, **kwargs)
-                else:
-                    number = current.numbers.next(name)
-                    self._watch_checkpointing(current)
+                current, number = arrived
                 call = calls.get(number)
                 if call is not None and (name, number) not in planned.again:
                     return self._result(current, call, args, kwargs)
@@ -293,17 +302,13 @@ class ReplaySuffix(Uncopied, nn.Module):
 
     def _boundary(self, arguments: dict[int, int], stub: Rewrite | None) -> Rewrite:
         def make(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
-            arrived = own if stub is None else stub(module, own)
+            inner = own if stub is None else stub(module, own)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                current = self._pass
-                if current is None:
-                    current, number = self._recomputed("\0boundary")
-                elif current.numbers.inside:
-                    return arrived(*args, **kwargs)
-                else:
-                    number = current.numbers.next("\0boundary")
-                    self._watch_checkpointing(current)
+                arrived = self._arrive(_BOUNDARY)
+                if arrived is None:
+                    return inner(*args, **kwargs)
+                current, number = arrived
                 if current.grad:
                     self._watch_gradients(always=bool(arguments))
                 if number == 0:
@@ -311,7 +316,7 @@ class ReplaySuffix(Uncopied, nn.Module):
                     for at, row in arguments.items():
                         leaves[at] = current.rows[row]
                     args, kwargs = pytree.tree_unflatten(leaves, tree)
-                return arrived(*args, **kwargs)
+                return inner(*args, **kwargs)
 
             return forward
 
