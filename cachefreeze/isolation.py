@@ -93,7 +93,14 @@ def preserved_random_state() -> Iterator[RandomState]:
 @contextmanager
 def preserved_modes(*models: nn.Module) -> Iterator[None]:
     """Whatever ``train()`` or ``eval()`` is called inside, every module's flag is as before on exit."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
+    with preserved_modes_of(module for model in models for module in model.modules()):
+        yield
+
+
+@contextmanager
+def preserved_modes_of(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Likewise for some modules alone, without those inside them."""
+    flags = [(module, module.training) for module in modules]
     try:
         yield
     finally:
@@ -348,4 +355,11 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     """Run ``module`` in eval mode and put every flag back."""
     with preserved_modes(module):
         module.eval()
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A forward inside is in eval mode and without gradients, and leaves no trace."""
+    with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
         yield

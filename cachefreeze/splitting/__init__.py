@@ -7,20 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.freezing import block_list, boundary_event, boundary_of, hooks_of, is_locked, runs_before
-from cachefreeze.isolation import (
-    eval_mode,
-    preserved_buffers,
-    preserved_parameters,
-    preserved_random_state,
-    preserved_state,
-)
+from cachefreeze.isolation import evaluating, preserved_buffers, preserved_parameters
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, as_tuple
@@ -275,7 +268,7 @@ def _check_modes(site: Site) -> None:
 def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
     """What the suffix does not do again, of all that the model does."""
     some = example.take([0, 1])
-    with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
+    with evaluating(model):
         made = some.fresh().call(cut.prefix)
         with count_flops() as whole:
             some.fresh().call(model)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
 from cachefreeze.fingerprint import attributes_of, digest
-from cachefreeze.isolation import preserved_state_of
+from cachefreeze.isolation import preserved_modes_of, preserved_state_of
 from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
 from cachefreeze.splitting.planner import Plan
 from cachefreeze.splitting.replica import Rewrite, replicate
@@ -172,22 +172,17 @@ class ReplayPrefix(Uncopied, nn.Module):
         run: _Run = self.__dict__["_run"]
         notes: Notes = run.notes
         notes.begin()
-        flags = [(module, module.training) for module in run.before]
         # most forwards write nothing before the boundary: then there is nothing to put back at every batch
         watched = run.opened if run.writes is not False else []
-        try:
-            with preserved_state_of(watched) as state, torch.no_grad():
-                for module in run.before:
-                    module.training = False
-                versions = _versions(watched)
-                with suppress(Reached):
-                    notes.inputs((args, kwargs))
-                    run.replica(*args, **kwargs)
-                if run.writes is None:
-                    run.writes = bool(state.changed()) or _versions(watched) != versions
-        finally:
-            for module, flag in flags:
-                module.training = flag
+        with preserved_modes_of(run.before), preserved_state_of(watched) as state, torch.no_grad():
+            for module in run.before:
+                module.training = False
+            versions = _versions(watched)
+            with suppress(Reached):
+                notes.inputs((args, kwargs))
+                run.replica(*args, **kwargs)
+            if run.writes is None:
+                run.writes = bool(state.changed()) or _versions(watched) != versions
         missing = [place for place in self.kept if place not in notes.found]
         if missing:
             raise SplitError(
