@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from cachefreeze.errors import SplitError
+from cachefreeze.errors import SplitError, first_line
 from cachefreeze.freezing import hooks_of
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Site
@@ -71,9 +71,9 @@ class Tracing:
             where = next((name for name in reversed(inside) if name in opened), "")
             owner = type(model.get_submodule(where)).__name__
             place = f"module {where!r} ({owner})" if where else f"the forward of {owner} itself"
-            first = str(error).strip().splitlines()[:1]
             raise SplitError(
-                f"fx cannot trace {place}, which encloses {self.site.name!r}: {type(error).__name__}: {''.join(first)}"
+                f"fx cannot trace {place}, which encloses {self.site.name!r}: {type(error).__name__}: "
+                f"{first_line(error)}"
             ) from error
 
     def _refuse_baked(self, drawn: list[str], changed: list[str]) -> None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
-from cachefreeze.errors import SplitError
+from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.memory import Memory, address_of
@@ -115,8 +115,8 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
         with recorder.memory, recorder:
             output = own.call(replica)
     except NotImplementedError as error:  # higher-order operators (flex attention) do not show what they do
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise SplitError(f"replay: an operator of {type(model).__name__} cannot be followed: {first}") from error
+        kind = type(model).__name__
+        raise SplitError(f"replay: an operator of {kind} cannot be followed: {first_line(error)}") from error
     recorder.finish(trees.tensors(output))
     return recorder.recording
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cachefreeze import trees
-from cachefreeze.errors import SplitError
+from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Cut, Site, rows_of
 from cachefreeze.splitting.planner import plan
@@ -90,8 +90,9 @@ def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site, some: Example) 
     except SplitError:
         raise
     except Exception as error:  # the model's forward may fail with anything on a value that is not there
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise SplitError(f"replay: what runs after {site.name!r} reads a value that is not kept: {first}") from error
+        raise SplitError(
+            f"replay: what runs after {site.name!r} reads a value that is not kept: {first_line(error)}"
+        ) from error
     if any(isinstance(leaf, FakeTensor) for leaf in trees.leaves(output)):
         raise SplitError(f"replay: an output of {type(site.model).__name__} depends on a value that is not kept")
     return output

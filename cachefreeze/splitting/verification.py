@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefreeze import trees
-from cachefreeze.errors import BatchDependentError, SplitError
+from cachefreeze.errors import BatchDependentError, SplitError, first_line
 from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state, seed_generators
 from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site, rows_of
 from cachefreeze.tracing import Example
@@ -81,7 +81,7 @@ def suffix_of(cut: Cut, rows: list[Tensor], site: Site, some: Example) -> Any:
         return cut.suffix(*rows, *some.beside)
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
         kind = type(error).__name__
-        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {_first_line(error)}") from error
+        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {first_line(error)}") from error
 
 
 def _differing(example: Example) -> Example:
@@ -160,7 +160,7 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
         raise
     except (RuntimeError, AssertionError) as error:
         raise SplitError(
-            f"{type(site.model).__name__} itself cannot be trained on these inputs: {_first_line(error)}"
+            f"{type(site.model).__name__} itself cannot be trained on these inputs: {first_line(error)}"
         ) from error
     try:
         split = train_once(
@@ -169,7 +169,7 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
-        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {_first_line(error)}") from error
+        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {first_line(error)}") from error
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole[:3], split[:3], strict=True):
         compare(what, expected, got, site)
     if whole[3] != split[3]:
@@ -222,10 +222,6 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor
-
-
-def _first_line(error: BaseException) -> str:
-    return "".join(str(error).strip().splitlines()[:1])
 
 
 def _weights(tensor: Tensor) -> Tensor:
