@@ -232,9 +232,10 @@ class ReplaySuffix(Uncopied, nn.Module):
         task, passes = self._backward
         begun = [p for ref in passes if (p := ref()) is not None]
         if task != torch._C._current_graph_task_id() or len(begun) != 1 or self._called[name] != 1:
+            what = "the boundary again" if name == _BOUNDARY else f"frozen layers again ({name!r})"
             raise SplitError(
-                f"replay: activation checkpointing runs frozen layers again ({name!r}), and which forward and which "
-                "call it repeats is not known; call backward() after every forward, or checkpoint trained layers only"
+                f"replay: activation checkpointing runs {what}, and which forward and which call it repeats is not "
+                "known; call backward() after every forward, or checkpoint trained layers only"
             )
         return begun[0], 0
 
