@@ -80,3 +80,8 @@ class CheckpointError(CacheFreezeError, ValueError):
 
 class UsageError(CacheFreezeError, ValueError):
     """A wrong argument of a public function or of the command line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, for a message of ours; empty where it says nothing."""
+    return "".join(str(error).strip().splitlines()[:1])

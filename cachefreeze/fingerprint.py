@@ -80,10 +80,18 @@ def _walk_structure(state: Any, module: nn.Module, seen: set[int]) -> None:
             continue
         within = seen | {id(child)}  # a closure over the module itself comes back here
         _walk(state, kind.forward, 0, within)
-        for key, value in sorted(vars(child).items()):
-            if key not in BOOKKEEPING and "hook" not in key and not isinstance(value, nn.Module | Tensor):
-                state.update(f"{key}=".encode())
-                _walk(state, value, 0, within)
+        for key, value in sorted(attributes_of(child).items()):
+            state.update(f"{key}=".encode())
+            _walk(state, value, 0, within)
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """What a forward may read of a module beside its weights, buffers, children, hooks and mode."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in BOOKKEEPING and "hook" not in key and not isinstance(value, nn.Module | Tensor)
+    }
 
 
 def digest(value: Any) -> str:

@@ -130,6 +130,12 @@ def is_locked(module: nn.Module) -> bool:
     return any(lock.evaluate for lock in _locks(module))
 
 
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The forward hooks of a module, but for our locks."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in hooks if not isinstance(hook, FrozenLock)]
+
+
 def hold_eval(model: nn.Module) -> None:
     """Put every locked module back to eval mode now, without waiting for its next forward."""
     for module in model.modules():

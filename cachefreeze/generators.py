@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachefreeze.attributes import GENERATORS, generator_state, set_generator_state
 from cachefreeze.fingerprint import digest
-from cachefreeze.isolation import GENERATORS, generator_state, set_generator_state
 
 # A walk this deep has left what a dataset or transform is made of.
 _MAX_DEPTH = 8

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze.errors import UsageError
 from cachefreeze.freezing import FrozenLock
 from cachefreeze.splitting import BoundaryTensor, Parts
+from cachefreeze.splitting.boundary import as_tuple
 from cachefreeze.splitting.fx_executor import Prefix
 from cachefreeze.splitting.replay_prefix import ReplayPrefix
 from cachefreeze.splitting.segment import plan_of
@@ -168,8 +169,7 @@ class InferenceCopy:
         """What the prefix makes of these inputs, within rounding, in the order of ``boundary.tensors``."""
         given = Example(*pytree.tree_map(self._input, (args, kwargs)))
         made = given.call(self._runner(given))
-        rows = made if isinstance(made, tuple) else (made,)
-        return tuple(row.to(spec.dtype) for row, spec in zip(rows, self._tensors, strict=True))
+        return tuple(row.to(spec.dtype) for row, spec in zip(as_tuple(made), self._tensors, strict=True))
 
     def _runner(self, given: Example) -> Any:
         """Compiled code is for one batch size, the first: the last samples of a batch are too few to compile for."""
@@ -274,7 +274,7 @@ def _fold(made: _FxCopy | _ReplayCopy, some: Example) -> int:
     prefix = made.prefix()
     with _recorded(before) as record:
         result = some.call(prefix)
-    pairs = record.foldable(result if isinstance(result, tuple) else (result,))
+    pairs = record.foldable(as_tuple(result))
     for layer, norm in pairs:
         _fold_pair(layer, norm)
     folded = {id(norm) for _, norm in pairs}

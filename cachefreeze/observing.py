@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cachefreeze.batches import leaves_of
 from cachefreeze.errors import ScheduleError
-from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.isolation import evaluating
 from cachefreeze.schedules import Clock, GradientChange, Ladder, Plasticity, Schedule
 from cachefreeze.tracing import Example
 
@@ -73,7 +73,7 @@ class ProbeObserver(Observer):
 
         handle = self._model.get_submodule(block).register_forward_hook(keep)
         try:
-            with preserved_random_state(), preserved_state(self._model), eval_mode(self._model), torch.no_grad():
+            with evaluating(self._model):
                 self._example.fresh().call(self._model)
         except _ReachedError:
             pass  # what follows the block is not looked at

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cachefreeze.splitting import BoundaryTensor
+from cachefreeze.splitting.boundary import BoundaryTensor, as_tuple
 from cachefreeze.tracing import Example
 
 _LOG = logging.getLogger("cachefreeze")
@@ -62,14 +62,14 @@ class Portions:
         prefix: Callable[..., Any], example: Example, count: int, size: int, specs: Sequence[BoundaryTensor]
     ) -> list[Tensor]:
         if count <= size:
-            made = _called(prefix, example.take([0, 0]) if count == 1 else example)
+            made = as_tuple((example.take([0, 0]) if count == 1 else example).call(prefix))
             return [tensor.narrow(spec.batch_dim, 0, count) for tensor, spec in zip(made, specs, strict=True)]
         portions = []
         for start in range(0, count, size):
             held = min(size, count - start)
             # the last sample alone is computed as two
             taken = example.take([start + min(i, held - 1) for i in range(max(held, _FEWEST))])
-            made = _called(prefix, taken)
+            made = as_tuple(taken.call(prefix))
             portions.append([t.narrow(spec.batch_dim, 0, held) for t, spec in zip(made, specs, strict=True)])
         return [
             torch.cat(column, spec.batch_dim) for column, spec in zip(zip(*portions, strict=True), specs, strict=True)
@@ -79,8 +79,3 @@ class Portions:
 def _versions(example: Example) -> list[int]:
     leaves = pytree.tree_leaves((example.args, example.kwargs))
     return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _called(prefix: Callable[..., Any], example: Example) -> tuple[Tensor, ...]:
-    made = example.call(prefix)
-    return made if isinstance(made, tuple) else (made,)

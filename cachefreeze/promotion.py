@@ -14,6 +14,7 @@ from cachefreeze.formats import UniformRows
 from cachefreeze.loader import Computed, PassCounts
 from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, autocast, index_of
 from cachefreeze.samples import View
+from cachefreeze.splitting.boundary import as_tuple
 from cachefreeze.stores import Store
 
 
@@ -121,9 +122,8 @@ class PromotedRows(StoredRows):
     def _through_segment(self, rows: Sequence[int], tensors: Sequence[Tensor], fields: Sequence[Tensor]) -> Computed:
         with torch.no_grad(), autocast(self.prefix.device, self.prefix.mode.autocast):
             made = self._segment(*tensors)
-        found = made if isinstance(made, tuple) else (made,)
         specs = self.prefix.parts.boundary.tensors
-        kept = [tensor.narrow(spec.batch_dim, 0, len(rows)) for tensor, spec in zip(found, specs, strict=True)]
+        kept = [tensor.narrow(spec.batch_dim, 0, len(rows)) for tensor, spec in zip(as_tuple(made), specs, strict=True)]
         assert isinstance(self.format, UniformRows)  # samples of different lengths are not promoted
         values = self.format.encode_beside(rows, kept, [field[: len(rows)] for field in fields])
         return Computed(tuple(rows), values)

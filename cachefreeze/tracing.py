@@ -23,6 +23,7 @@ from cachefreeze.errors import UsageError
 from cachefreeze.isolation import (
     WrittenParameters,
     eval_mode,
+    evaluating,
     operation,
     preserved_random_state,
     preserved_state,
@@ -275,14 +276,7 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
         handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: events.leave(n)))
     written = WrittenParameters(METADATA)
     try:
-        with (
-            preserved_random_state(),
-            preserved_state(model),
-            eval_mode(model),
-            torch.no_grad(),
-            _Parameters(),
-            written,
-        ):
+        with evaluating(model), _Parameters(), written:
             inputs.fresh().call(model)
     finally:
         for handle in handles:

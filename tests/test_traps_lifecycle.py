@@ -451,3 +451,24 @@ def test_reentrant_checkpointing_that_is_switched_on_after_the_split_is_refused(
         return
     with pytest.raises(SplitError, match="reentrant"):
         parts.suffix(*rows)
+
+
+def test_two_passes_through_a_checkpointed_boundary_before_one_backward_are_refused(monkeypatch):
+    """Which of them the backward runs again cannot be told, and its rows would be taken from the other."""
+    monkeypatch.setattr(splitting, "_EXECUTORS", (ReplayExecutor(),))
+
+    class Saving(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Saving().train()
+    inputs = torch.randn(4, 6)
+    cf.freeze(model, "layers.1", example_inputs=inputs)
+    parts = cf.split(model, inputs)
+    rows = rows_of(parts, Example.of(inputs))
+    both = parts.suffix(*rows) + parts.suffix(*rows)
+    with pytest.raises(SplitError, match=r"runs the boundary again, .*call backward\(\) after every forward"):
+        both.sum().backward()

@@ -7,23 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
-from cachefreeze.freezing import block_list, boundary_event, boundary_of, is_locked, runs_before
-from cachefreeze.isolation import (
-    eval_mode,
-    preserved_buffers,
-    preserved_parameters,
-    preserved_random_state,
-    preserved_state,
-)
+from cachefreeze.freezing import block_list, boundary_event, boundary_of, hooks_of, is_locked, runs_before
+from cachefreeze.isolation import evaluating, preserved_buffers, preserved_parameters
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
-from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied
+from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, as_tuple
 from cachefreeze.splitting.costs import blocks
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
@@ -222,19 +215,14 @@ def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[
 def _tell_of_hooks(site: Site) -> None:
     """What a user's hook does is part of how rows are made, and then nothing calls it any more."""
     modules = dict(site.model.named_modules(remove_duplicate=False))
-    hooked = [name for name in site.before if _has_hooks_of_the_user(modules[name])]
+    # torch's own (weight norm, pruning) make weights, and do nothing else
+    hooked = [n for n in site.before if any(not type(h).__module__.startswith("torch.") for h in hooks_of(modules[n]))]
     if hooked:
         _LOG.warning(
             "forward hooks of frozen modules (%s) run while rows are made and not in cached epochs, where no frozen "
             "module runs; what a hook changes in an output is in the rows, what it does beside that is done no more",
             ", ".join(hooked[:3]) + (", …" if len(hooked) > 3 else ""),
         )
-
-
-def _has_hooks_of_the_user(module: nn.Module) -> bool:
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ours_or_torchs = ("cachefreeze.", "torch.")  # the lock on what is frozen; weight norm, pruning
-    return any(not type(hook).__module__.startswith(ours_or_torchs) for hook in hooks)
 
 
 def _site(model: nn.Module, name: str, usage: Usage, by_flags: bool) -> Site:
@@ -280,10 +268,10 @@ def _check_modes(site: Site) -> None:
 def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
     """What the suffix does not do again, of all that the model does."""
     some = example.take([0, 1])
-    with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
+    with evaluating(model):
         made = some.fresh().call(cut.prefix)
         with count_flops() as whole:
             some.fresh().call(model)
         with count_flops() as after:
-            cut.suffix(*(made if isinstance(made, tuple) else (made,)), *some.beside)
+            cut.suffix(*as_tuple(made), *some.beside)
     return max(0.0, 1 - after.total / whole.total) if whole.total else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -171,6 +171,21 @@ class Uncopied:
             f"a {type(self).__name__} of a split cannot be copied or pickled: it runs the modules of the model that it "
             "was cut from. Copy the model, and split the copy"
         )
+
+
+def as_returned(values: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """What a prefix or a segment returns: one tensor, or a tuple of several."""
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def as_tuple(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a prefix or a segment returned, as a tuple however many they are."""
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+def rows_of(prefix: nn.Module, some: Example) -> list[Tensor]:
+    """What a prefix makes of some samples, in tensors of its own: a suffix may write into them."""
+    return [row.clone() for row in as_tuple(some.call(prefix))]
 
 
 class Executor(Protocol):

@@ -6,16 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from cachefreeze.blocks import Block, list_blocks
 from cachefreeze.errors import SplitError
 from cachefreeze.flops import count_flops
-from cachefreeze.isolation import eval_mode, preserved_parameters, preserved_random_state, preserved_state
+from cachefreeze.isolation import evaluating, preserved_parameters
 from cachefreeze.listed import example_of
 from cachefreeze.splitting.planner import compare, minimum_cut
-from cachefreeze.splitting.recording import OpenInstead, Rules, record
+from cachefreeze.splitting.recording import OpenInstead, Rules, open_as_needed, record
 from cachefreeze.splitting.values import Recording
 from cachefreeze.tracing import Call, Example, Usage, usage_of
 
@@ -57,13 +56,7 @@ def _forward_before(model: nn.Module, example: Example, calls: dict[str, Call]) 
         model.get_submodule(call.name).register_forward_pre_hook(partial(note, name)) for name, call in calls.items()
     ]
     try:
-        with (
-            preserved_random_state(),
-            preserved_state(model),
-            eval_mode(model),
-            torch.no_grad(),
-            count_flops() as counter,
-        ):
+        with evaluating(model), count_flops() as counter:
             example.fresh().call(model)
     finally:
         for handle in handles:
@@ -93,19 +86,14 @@ def _crossing_bytes(model: nn.Module, example: Example, usage: Usage, calls: dic
 
 def _record_alike(model: nn.Module, example: Example, rules: Rules) -> Recording | None:
     """One recording with the values' batch dimensions, opening what cannot be closed; None where that fails."""
-    opened: set[str] = set()
-    while True:
-        try:
-            with preserved_random_state(), preserved_state(model), eval_mode(model), torch.no_grad():
-                two, three = (
-                    record(model, example.take([i % 2 for i in range(count)]), rules, opened) for count in (2, 3)
-                )
-                compare(two, three, "the forward")
-        except OpenInstead as found:
-            if found.name in opened or next(model.get_submodule(found.name).children(), None) is None:
-                return None
-            opened.add(found.name)
-        except SplitError:  # split says why, when it is asked for a boundary
-            return None
-        else:
-            return two
+
+    def attempt(opened: frozenset[str]) -> Recording:
+        with evaluating(model):
+            two, three = (record(model, example.take([i % 2 for i in range(count)]), rules, opened) for count in (2, 3))
+            compare(two, three, "the forward")
+        return two
+
+    try:
+        return open_as_needed(attempt, lambda name: next(model.get_submodule(name).children(), None) is not None)
+    except (OpenInstead, SplitError):  # split says why, when it is asked for a boundary
+        return None

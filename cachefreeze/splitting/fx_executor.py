@@ -16,12 +16,13 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError, StaleCacheError
-from cachefreeze.fingerprint import BOOKKEEPING, digest
-from cachefreeze.freezing import FrozenLock
-from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
-from cachefreeze.splitting.boundary import Cut, Site, Uncopied
+from cachefreeze.fingerprint import attributes_of, digest
+from cachefreeze.freezing import hooks_of
+from cachefreeze.isolation import eval_mode
+from cachefreeze.splitting.boundary import Cut, Site, Uncopied, as_returned
 from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
-from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
+from cachefreeze.splitting.fx_tracing import Tracing
+from cachefreeze.tracing import Example
 
 # Deterministic and parameter-free, and never larger than their input: right after the prefix they belong to it,
 # since rows behind them are smaller (a pooled head's are up to 49 times) or save the suffix the work.
@@ -99,8 +100,7 @@ class Prefix(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """Run the frozen part: one tensor, or a tuple in the order of ``boundary.tensors``."""
-        values = _tensors(self.values(*args, **kwargs), self._kept)
-        return values[0] if len(values) == 1 else values
+        return as_returned(_tensors(self.values(*args, **kwargs), self._kept))
 
 
 class Suffix(Uncopied, nn.Module):
@@ -111,8 +111,8 @@ class Suffix(Uncopied, nn.Module):
         self.graphs = nn.ModuleDict()
         # not registered: the whole model is no part of the suffix
         self._follow: dict[str, Any] = {"model": model, "opened": opened, "make": make}
-        self._attributes = plain_attributes(opened)
-        self._seen = plain_values(opened)
+        self._attributes = _digest(opened)
+        self._seen = _values(opened)
 
     def train(self, mode: bool = True) -> Suffix:
         """Set the mode of the model, which is the only mode there is."""
@@ -154,7 +154,7 @@ class Suffix(Uncopied, nn.Module):
                             "trains is not what the model holds; replace modules first, then make the Engine"
                         )
         for module in self._follow["opened"]:
-            if _is_hooked(module):
+            if hooks_of(module):
                 raise StaleCacheError(
                     f"a forward hook was registered on {type(module).__name__} after the loader was made, and a traced "
                     "forward would not run it; register hooks first, then make the Engine"
@@ -165,8 +165,8 @@ class Suffix(Uncopied, nn.Module):
     def _take_up_attributes(self) -> None:
         """Trace again where a plain attribute of a traced-through module has another value."""
         opened = self._follow["opened"]
-        self._seen = plain_values(opened)
-        attributes = plain_attributes(opened)
+        self._seen = _values(opened)
+        attributes = _digest(opened)
         if attributes != self._attributes:
             self._attributes = attributes
             self.graphs.clear()
@@ -184,120 +184,14 @@ def _reach(module: nn.Module, path: str) -> Any:
     return value
 
 
-def plain_values(modules: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str, Any]]:
+def _values(modules: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str, Any]]:
     """The plain attributes themselves: what is still the same object was not set anew."""
-    return [
-        (module, name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if name not in BOOKKEEPING and "hook" not in name and not isinstance(value, nn.Module | Tensor)
-    ]
+    return [(module, name, value) for module in modules for name, value in attributes_of(module).items()]
 
 
-def plain_attributes(modules: tuple[nn.Module, ...]) -> str:
-    """Digest of what a traced forward may have read from its modules beside weights and submodules."""
-    return digest(
-        [
-            {
-                name: value
-                for name, value in vars(module).items()
-                if name not in BOOKKEEPING and "hook" not in name and not isinstance(value, nn.Module | Tensor)
-            }
-            for module in modules
-        ]
-    )
-
-
-class Tracing:
-    """Traces the model with everything but the boundary's surroundings as leaves."""
-
-    def __init__(self, site: Site, example: Example) -> None:
-        self.site = site
-        self.example = example
-        module = site.model.get_submodule(site.name)
-        # a shared module is known by its first name, to the recording as to fx
-        known = next(name for name, other in site.model.named_modules() if other is module)
-        call = site.usage.first_call(known)
-        if call is None:
-            raise SplitError(
-                f"fx: module {site.name!r} is never called (the forward uses its weights directly), so there is no "
-                "place to cut; train from the module that uses it"
-            )
-        self.target = call.name
-        self.opened = ["", *(name for name in site.usage.enclosing(call) if name)]
-        boundary = site.model.get_submodule(call.name)
-        if isinstance(boundary, nn.Sequential) and type(boundary).forward is nn.Sequential.forward:
-            self.opened.append(call.name)  # its parameter-free start may belong to the prefix
-        for name in self.opened:
-            module = site.model.get_submodule(name)
-            if _is_hooked(module):
-                raise SplitError(
-                    f"fx: module {name or type(module).__name__!r} encloses {site.name!r} and has forward hooks, which "
-                    "a traced forward would not run; remove them, or hook the modules inside it"
-                )
-        parameters = dict(site.model.named_parameters())
-        self.trainable = {id(p) for n, p in parameters.items() if p.requires_grad and n not in site.frozen}
-
-    def open_modules(self) -> tuple[nn.Module, ...]:
-        """The modules that are traced through."""
-        return tuple(self.site.model.get_submodule(name) for name in self.opened)
-
-    def graph(self) -> fx.Graph:
-        """Trace in the modes that the modules are in now."""
-        opened = set(self.opened)
-        inside: list[str] = []
-
-        class _Cutting(Tracer):
-            def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-                inside.append(self.path_of_module(m))
-                result = super().call_module(m, forward, args, kwargs)
-                inside.pop()
-                return result
-
-        model = self.site.model
-        try:
-            with preserved_random_state() as random_state, preserved_state(model) as state:
-                graph = _Cutting(lambda _m, name: name not in opened, self.example).trace(model)
-                self._refuse_baked(random_state.moved(), state.changed())
-                return graph
-        except SplitError:
-            raise
-        except Exception as error:  # the user's forward may refuse a proxy with any exception
-            where = next((name for name in reversed(inside) if name in opened), "")
-            owner = type(model.get_submodule(where)).__name__
-            place = f"module {where!r} ({owner})" if where else f"the forward of {owner} itself"
-            first = str(error).strip().splitlines()[:1]
-            raise SplitError(
-                f"fx cannot trace {place}, which encloses {self.site.name!r}: {type(error).__name__}: {''.join(first)}"
-            ) from error
-
-    def _refuse_baked(self, drawn: list[str], changed: list[str]) -> None:
-        """What happens once, while tracing, would be left out of every step."""
-        model = type(self.site.model).__name__
-        if drawn:
-            raise SplitError(
-                f"fx: the forward of {model} draws random numbers ({', '.join(drawn)}) in Python around "
-                f"{self.site.name!r}, and a graph would keep the outcome of one draw"
-            )
-        if changed:
-            raise SplitError(
-                f"fx: the forward of {model} writes {changed[0]!r}, which a graph would not do again at every step"
-            )
-
-    def end(self, graph: fx.Graph) -> int:
-        """Position of the first node that belongs to the boundary or uses a trainable parameter."""
-        model = self.site.model
-        for position, node in enumerate(graph.nodes):
-            if node.op == "call_module":
-                target = str(node.target)
-                if target == self.target or target.startswith(f"{self.target}."):
-                    return position
-                if any(id(p) in self.trainable for p in model.get_submodule(target).parameters()):
-                    return position
-            weights = (parent for parent in node.all_input_nodes if parent.op == "get_attr")
-            if any(id(attribute(model, str(w.target))) in self.trainable for w in weights) and not asks_metadata(node):
-                return position
-        raise SplitError(f"fx: the traced forward of {type(model).__name__} never reaches {self.site.name!r}")
+def _digest(modules: tuple[nn.Module, ...]) -> str:
+    """Of what a traced forward may have read from its modules beside weights and submodules."""
+    return digest([attributes_of(module) for module in modules])
 
 
 def _common_end(tracing: Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
@@ -317,16 +211,10 @@ def _common_end(tracing: Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
     return end
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a module has forward hooks other than the lock on what is frozen."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(not isinstance(hook, FrozenLock) for hook in hooks)
-
-
 def _in_tail(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        return type(module) in _TAIL_MODULES and not _is_hooked(module)  # a subclass may be anything
+        return type(module) in _TAIL_MODULES and not hooks_of(module)  # a subclass may be anything
     return node.op in ("call_function", "call_method") and node.target in _TAIL_FUNCTIONS
 
 

@@ -70,22 +70,28 @@ class Recipe:
             elif position not in self.views:
                 copies[nodes[position]] = _remake(made, at_two, at_three, batch, arriving)
 
-        def copy(node: fx.Node) -> fx.Node:
-            # constants made of weights, and views of rows, are remade here from what they were made of
-            if node not in copies:
-                if node.op == "placeholder":
-                    raise SplitError(f"fx: input {node.target!r} is used after the boundary in one mode only")
-                for parent in node.all_input_nodes:
-                    copy(parent)
-                copies[node] = made.node_copy(node, copies.__getitem__)
-            return copies[node]
-
         for node in nodes[self.end :]:
-            copy(node)
+            # constants made of weights, and views of rows, are remade here from what they were made of
+            copy_into(made, node, copies, "is used after the boundary in one mode only")
         if not batch.users:
             made.erase_node(batch)
         made.lint()
         return fx.GraphModule(model, made, "SuffixGraph")
+
+
+def copy_into(made: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], refusal: str) -> fx.Node:
+    """Copy a node into another graph, and before it whatever it is made of that has no copy there yet.
+
+    Raises:
+        SplitError: It is made of an input that has none; the message ends in ``refusal``.
+    """
+    if node not in copies:
+        if node.op == "placeholder":
+            raise SplitError(f"fx: input {node.target!r} {refusal}")
+        for parent in node.all_input_nodes:
+            copy_into(made, parent, copies, refusal)
+        copies[node] = made.node_copy(node, copies.__getitem__)
+    return copies[node]
 
 
 def tensor_leaves(value: Any) -> list[Tensor]:

@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode
-from cachefreeze.splitting.boundary import Site, Uncopied
-from cachefreeze.splitting.fx_executor import Tracing
+from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
+from cachefreeze.splitting.fx_recipe import copy_into
+from cachefreeze.splitting.fx_tracing import Tracing
 from cachefreeze.tracing import Example
 
 
@@ -25,7 +26,7 @@ class FxSegment(Uncopied, nn.Module):
         """Run what lies between; rows may be written into."""
         with torch.no_grad(), eval_mode(self.graph):
             values: tuple[Tensor, ...] = self.graph(*rows)
-        return values[0] if len(values) == 1 else values
+        return as_returned(values)
 
 
 def fx_segment(site: Site, end: Site, example: Example, rows: list[Tensor], deeper_rows: list[Tensor]) -> FxSegment:
@@ -58,21 +59,13 @@ def fx_segment(site: Site, end: Site, example: Example, rows: list[Tensor], deep
         nodes[at]: row for i, found in enumerate(arriving) for row in [made.placeholder(f"row_{i}")] for at in found
     }
 
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            if node.op == "placeholder":
-                raise SplitError(f"a row at {end.name!r} needs input {node.target!r}, which rows here do not hold")
-            for parent in node.all_input_nodes:
-                copy(parent)
-            copies[node] = made.node_copy(node, copies.__getitem__)
-        return copies[node]
-
+    refusal = f"is needed for a row at {end.name!r}, and rows here do not hold it"
     outputs = [nodes[at] for at in leaving if at is not None]
     # in their own order, since one may write into what another reads; what came before the rows only where it is needed
     for node in nodes[max(found[0] for found in arriving) : max(at for at in leaving if at is not None) + 1]:
         if node in outputs or (node.op != "placeholder" and all(n in copies for n in node.all_input_nodes)):
-            copy(node)
-    made.output(tuple(copy(node) for node in outputs))
+            copy_into(made, node, copies, refusal)
+    made.output(tuple(copy_into(made, node, copies, refusal) for node in outputs))
     made.lint()
     return FxSegment(fx.GraphModule(end.model, made, "SegmentGraph"))
 

@@ -18,8 +18,8 @@ from cachefreeze import trees
 from cachefreeze.errors import BatchDependentError, SplitError
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.padding import Padded, content, pad, unpad
-from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
-from cachefreeze.splitting.verification import close, compare, difference, rows_of, suffix_of, train_once
+from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site, rows_of
+from cachefreeze.splitting.verification import close, compare, difference, suffix_of, train_once
 
 # Relative to the largest magnitude, in units of what one batch's rounding may differ by: another padded length is
 # another blocking of the same sums, and masked steps add exact zeros.
@@ -97,7 +97,7 @@ def padded(spec: BoundaryTensor, rows: Tensor, batch: Padded) -> Tensor:
 def _check_rows(cut: Cut, site: Site, batches: Sequence[tuple[Padded, Sequence[int]]]) -> None:
     seen: dict[tuple[int, int], Tensor] = {}
     for batch, samples in batches:
-        made = rows_of(cut, batch.example.fresh())
+        made = rows_of(cut.prefix, batch.example.fresh())
         for number, (spec, tensor) in enumerate(zip(cut.tensors, made, strict=True)):
             if spec.input is not None:
                 continue
@@ -117,7 +117,7 @@ def _check_rows(cut: Cut, site: Site, batches: Sequence[tuple[Padded, Sequence[i
 
 def _zeroed(cut: Cut, batch: Padded) -> list[Tensor]:
     """Rows as a store would give them back: content, and zeros for padding."""
-    made = rows_of(cut, batch.example.fresh())
+    made = rows_of(cut.prefix, batch.example.fresh())
     return [
         tensor if spec.input is not None else padded(spec, unpadded(spec, tensor, batch), batch)
         for spec, tensor in zip(cut.tensors, made, strict=True)

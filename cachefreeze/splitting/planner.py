@@ -8,6 +8,7 @@ the cut with the fewest bytes; of equal ones the deepest.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 import networkx as nx
@@ -18,7 +19,7 @@ from cachefreeze.errors import SplitError
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
-from cachefreeze.splitting.recording import OpenInstead, Rules, record
+from cachefreeze.splitting.recording import OpenInstead, Rules, open_as_needed, record
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import Example
 
@@ -59,18 +60,18 @@ def plan(site: Site, example: Example, shorter: Example | None = None, *, keep_a
     Raises:
         SplitError: The forward cannot be recorded alike at two batch sizes, or no rows can hold what crosses.
     """
-    opened: set[str] = set()
-    while True:
-        try:
-            return _plan(site, example, frozenset(opened), shorter, keep_asked=keep_asked)
-        except OpenInstead as found:
-            module = site.model.get_submodule(found.name)
-            if found.name in opened or not found.name or next(module.children(), None) is None:
-                raise SplitError(
-                    f"replay: {found.name or 'the forward'!r} ({type(module).__name__}) {found.reason}, so no row can "
-                    "hold what crosses; train from another block"
-                ) from None
-            opened.add(found.name)
+
+    def may_open(name: str) -> bool:
+        return bool(name) and next(site.model.get_submodule(name).children(), None) is not None
+
+    try:
+        return open_as_needed(lambda opened: _plan(site, example, opened, shorter, keep_asked=keep_asked), may_open)
+    except OpenInstead as found:
+        kind = type(site.model.get_submodule(found.name)).__name__
+        raise SplitError(
+            f"replay: {found.name or 'the forward'!r} ({kind}) {found.reason}, so no row can hold what crosses; train "
+            "from another block"
+        ) from None
 
 
 def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example | None, *, keep_asked: bool) -> Plan:
@@ -152,16 +153,8 @@ def check_reads(site: Site, example: Example) -> None:
     Raises:
         SplitError: It does.
     """
-    opened: set[str] = set()
-    while True:
-        try:
-            record_at(site, example, 2, frozenset(opened), train=False)
-        except OpenInstead as found:
-            if found.name in opened or not found.name:
-                return  # seen by the executor that needs to know
-            opened.add(found.name)
-        else:
-            return
+    with suppress(OpenInstead):  # seen by the executor that needs to know
+        open_as_needed(lambda opened: record_at(site, example, 2, opened, train=False), may_open=bool)
 
 
 def compare(two: Recording, three: Recording, what: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
-from cachefreeze.errors import SplitError
+from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
+from cachefreeze.splitting.contents import SIZES, Contents
 from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
@@ -30,13 +31,6 @@ from cachefreeze.tracing import METADATA, Call, Example, Usage
 _READS = frozenset({
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__",
     "__contains__", "equal", "allclose", "is_nonzero",
-})  # fmt: skip
-# What makes tensors whose size follows from what is in another, and what reads a size.
-_SIZED = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
-_SIZES = frozenset({"shape", "size", "__len__", "numel", "nelement"})
-# What takes nothing but the shape of a tensor.
-_SHAPE_ONLY = frozenset({
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 })  # fmt: skip
 # Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
 _REDRAWS = 1000
@@ -49,6 +43,29 @@ class OpenInstead(Exception):  # noqa: N818 - not an error: the recording starts
         super().__init__(name)
         self.name = name
         self.reason = reason
+
+
+_Found = TypeVar("_Found")
+
+
+def open_as_needed(attempt: Callable[[frozenset[str]], _Found], may_open: Callable[[str], bool]) -> _Found:
+    """What an attempt gives with as many modules opened as it asks for.
+
+    Args:
+        attempt: Names of the opened modules -> what is wanted.
+        may_open: Whether the module of a name may be opened.
+
+    Raises:
+        OpenInstead: Of a module that is open already, or may not be.
+    """
+    opened = frozenset[str]()
+    while True:
+        try:
+            return attempt(opened)
+        except OpenInstead as found:
+            if found.name in opened or not may_open(found.name):
+                raise
+            opened |= {found.name}
 
 
 @dataclass(frozen=True)
@@ -92,8 +109,8 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
         with recorder.memory, recorder:
             output = own.call(replica)
     except NotImplementedError as error:  # higher-order operators (flex attention) do not show what they do
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise SplitError(f"replay: an operator of {type(model).__name__} cannot be followed: {first}") from error
+        kind = type(model).__name__
+        raise SplitError(f"replay: an operator of {kind} cannot be followed: {first_line(error)}") from error
     recorder.finish(trees.tensors(output))
     return recorder.recording
 
@@ -122,9 +139,7 @@ class _Recorder(TorchFunctionMode):
         self._now = 0
         self._of: dict[int, tuple[int, Tensor]] = {}  # id -> value number; the tensor is held, or its id would return
         self._inside: dict[int, str] = {}  # id -> closed module in which it was made
-        self._pure: set[int] = set()  # ids of what comes from ids and masks alone
-        self._masks: set[int] = set()  # ids of what comes from masks (zeros and ones) alone
-        self._sized: set[int] = set()  # ids of tensors whose size follows from what is in them
+        self._contents = Contents()
         self._start = RandomState.capture()
         self._drawn: dict[int, Callable[[], Any]] = {}  # id -> how to draw it again
         self._arguments: set[int] = set()  # numbers of the values that enter a boundary
@@ -145,10 +160,7 @@ class _Recorder(TorchFunctionMode):
         for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
             if isinstance(leaf, Tensor) and id(leaf) not in self._of:
                 self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
-                if not leaf.is_floating_point() and not leaf.is_complex():
-                    self._pure.add(id(leaf))
-                    if bool(((leaf == 0) | (leaf == 1)).all()):
-                        self._masks.add(id(leaf))
+                self._contents.take_input(leaf)
 
     def finish(self, outputs: list[Tensor]) -> None:
         self.recording.uses.append((self._tick(), self._value_numbers(outputs)))
@@ -301,7 +313,7 @@ class _Recorder(TorchFunctionMode):
         values = self.recording.values
         number = len(values)
         random = random or any(values[n].random for n in inputs)
-        if place is not None and place[0] != "input" and id(tensor) in self._pure:
+        if place is not None and place[0] != "input" and self._contents.is_pure(tensor):
             place, opaque = None, False  # a mask may be left out where it masks nothing: what it is made of is kept
         shape = tuple(tensor.shape)
         values.append(Value(shape, tensor.dtype, inputs, self._tick(), place, opaque, random, tensor=tensor.detach()))
@@ -351,14 +363,15 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if not made and name in METADATA:
-            if self._checking and name in _SIZES and any(id(leaf) in self._sized for leaf in given):
+            if self._checking and name in SIZES and self._contents.has_sized(given):
                 self._refuse_read(name)
             return result
-        self._follow_sizes(name, given, made)
+        depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
+        self._contents.follow_sizes(name, given, depend, made)
         self._kept += made
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
-        depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
-        pure = self._follow_purity(name, given, depend, [*made, *written])
+        of_masks = self._contents.follow(name, given, depend, [*made, *written])
+        asks_truth = self._follow_read(name, depend, of_masks=of_masks)
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
@@ -368,7 +381,7 @@ class _Recorder(TorchFunctionMode):
         drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
         if drew:
             self._refuse_eval_draw()
-        if pure:
+        if asks_truth:
             self.recording.glanced.append((self._tick(), self._value_numbers(given)))
             if self._rules.contrary and isinstance(result, bool) and not self._ended:
                 return not result
@@ -377,17 +390,6 @@ class _Recorder(TorchFunctionMode):
         if drew or any(id(leaf) in self._drawn for leaf in given):
             self._follow_draw(name, func, args, kwargs, made, depend)
         return result
-
-    def _follow_sizes(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        """Know tensors whose size follows from values of the batch; what masks alone decide is checked by its rows."""
-        deciding = given[:1] if name in _SIZED else []
-        if name == "__getitem__":
-            deciding = [leaf for leaf in given[1:] if leaf.dtype == torch.bool]
-        of_values = any(
-            (id(leaf) in self._of or self.memory.of(leaf)) and id(leaf) not in self._masks for leaf in deciding
-        )
-        if of_values or any(id(leaf) in self._sized for leaf in given):
-            self._sized |= {id(leaf) for leaf in made}
 
     def _glue(self, name: str, given: list[Tensor], made: list[Tensor], written: list[Tensor], *, drew: bool) -> None:
         inputs = self._value_numbers(given)
@@ -409,15 +411,10 @@ class _Recorder(TorchFunctionMode):
         self._refuse_unseen_draws(self._stack)
         self.recording.boundaries[block] = self._tick()
 
-    def _follow_purity(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
-        """Whether an op sees ids and masks alone; anything else is not to be read into Python."""
-        pure = bool(depend) and (name in _SHAPE_ONLY or all(id(leaf) in self._pure for leaf in depend))
-        masks = bool(depend) and (name in _SHAPE_ONLY or all(id(leaf) in self._masks for leaf in depend))
-        if not any(isinstance(leaf, nn.Parameter) for leaf in given):
-            self._pure |= {id(leaf) for leaf in results if pure}
-            self._masks |= {id(leaf) for leaf in results if masks}
+    def _follow_read(self, name: str, depend: list[Tensor], *, of_masks: bool) -> bool:
+        """Whether an op asks masks alone for a truth value; anything else is not to be read into Python."""
         # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
-        asks_truth = masks and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
+        asks_truth = of_masks and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
         if name in _READS and depend:
             self.recording.branches |= self._ended
             if self._checking and not asks_truth:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cachefreeze import trees
-from cachefreeze.errors import SplitError
+from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state
-from cachefreeze.splitting.boundary import Cut, Site
+from cachefreeze.splitting.boundary import Cut, Site, rows_of
 from cachefreeze.splitting.planner import plan
 from cachefreeze.splitting.replay_prefix import ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -45,8 +45,7 @@ class ReplayExecutor:
             prefix = ReplayPrefix(site, planned)
         suffix = ReplaySuffix(site, planned, example)
         some = example.take([0, 1])
-        made = some.fresh().call(prefix)
-        rows = [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
+        rows = rows_of(prefix, some.fresh())
         for train in (False, True):
             with preserved_random_state(), preserved_state(site.model), site.mode(train=train), torch.no_grad():
                 output = _prove(suffix, rows, site, some.fresh())
@@ -91,8 +90,9 @@ def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site, some: Example) 
     except SplitError:
         raise
     except Exception as error:  # the model's forward may fail with anything on a value that is not there
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise SplitError(f"replay: what runs after {site.name!r} reads a value that is not kept: {first}") from error
+        raise SplitError(
+            f"replay: what runs after {site.name!r} reads a value that is not kept: {first_line(error)}"
+        ) from error
     if any(isinstance(leaf, FakeTensor) for leaf in trees.leaves(output)):
         raise SplitError(f"replay: an output of {type(site.model).__name__} depends on a value that is not kept")
     return output

@@ -12,10 +12,9 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError
-from cachefreeze.fingerprint import digest
-from cachefreeze.isolation import preserved_state_of
-from cachefreeze.splitting.boundary import Site, Uncopied
-from cachefreeze.splitting.fx_executor import plain_attributes
+from cachefreeze.fingerprint import attributes_of, digest
+from cachefreeze.isolation import preserved_modes_of, preserved_state_of
+from cachefreeze.splitting.boundary import Site, Uncopied, as_returned
 from cachefreeze.splitting.planner import Plan
 from cachefreeze.splitting.replica import Rewrite, replicate
 from cachefreeze.splitting.values import Place
@@ -138,7 +137,8 @@ class ReplayPrefix(Uncopied, nn.Module):
         opened = [model.get_submodule(name) for name in site.open_before(names)]
         self._register(site, names, opened)
         # what the fingerprint sees of modules whose forward runs here in part
-        self.recipe = (planned.kept, digest([type(m).forward for m in opened]), plain_attributes(tuple(opened)))
+        seen = [type(m).forward for m in opened], [attributes_of(m) for m in opened]
+        self.recipe = (planned.kept, *map(digest, seen))
         notes = Notes(planned)
         forwards = {name: notes.around(name) for name in names}
         stop = site.known_as
@@ -172,22 +172,17 @@ class ReplayPrefix(Uncopied, nn.Module):
         run: _Run = self.__dict__["_run"]
         notes: Notes = run.notes
         notes.begin()
-        flags = [(module, module.training) for module in run.before]
         # most forwards write nothing before the boundary: then there is nothing to put back at every batch
         watched = run.opened if run.writes is not False else []
-        try:
-            with preserved_state_of(watched) as state, torch.no_grad():
-                for module in run.before:
-                    module.training = False
-                versions = _versions(watched)
-                with suppress(Reached):
-                    notes.inputs((args, kwargs))
-                    run.replica(*args, **kwargs)
-                if run.writes is None:
-                    run.writes = bool(state.changed()) or _versions(watched) != versions
-        finally:
-            for module, flag in flags:
-                module.training = flag
+        with preserved_modes_of(run.before), preserved_state_of(watched) as state, torch.no_grad():
+            for module in run.before:
+                module.training = False
+            versions = _versions(watched)
+            with suppress(Reached):
+                notes.inputs((args, kwargs))
+                run.replica(*args, **kwargs)
+            if run.writes is None:
+                run.writes = bool(state.changed()) or _versions(watched) != versions
         missing = [place for place in self.kept if place not in notes.found]
         if missing:
             raise SplitError(
@@ -195,6 +190,6 @@ class ReplayPrefix(Uncopied, nn.Module):
                 "another way on these inputs, or this is a copy of a prefix (copy the model, and split the copy)"
             )
         pairs = zip(self.kept, self.tensors, strict=True)
-        values = tuple(spec.unfold(notes.found[place]) for place, spec in pairs)
+        values = [spec.unfold(notes.found[place]) for place, spec in pairs]
         notes.begin()
-        return values[0] if len(values) == 1 else values
+        return as_returned(values)

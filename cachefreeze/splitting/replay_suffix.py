@@ -13,37 +13,16 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, StaleCacheError
-from cachefreeze.fingerprint import BOOKKEEPING
-from cachefreeze.listed import SampleLists, example_of
-from cachefreeze.splitting.boundary import BoundaryTensor, Site, Uncopied
-from cachefreeze.splitting.lengths import sizes_at
-from cachefreeze.splitting.planner import Plan, input_name
-from cachefreeze.splitting.replay_prefix import Numbers
+from cachefreeze.fingerprint import attributes_of
+from cachefreeze.splitting.boundary import Site, Uncopied
+from cachefreeze.splitting.planner import Plan
+from cachefreeze.splitting.replay_inputs import Inputs, Pass, Poison, poisoned
 from cachefreeze.splitting.replica import Rewrite, replicate
-from cachefreeze.splitting.values import ClosedCall, Place, Value
+from cachefreeze.splitting.values import ClosedCall
 from cachefreeze.tracing import Example
 
-# (shape, dtype, device, whether glue writes into it) -> what stands for a value that is not kept
-Poison = Callable[[tuple[int, ...], torch.dtype, torch.device, bool], Tensor]
-
-
-class _Pass:
-    """One forward of the suffix; its outputs keep it alive where a backward may ask for it.
-
-    Attributes:
-        rows: What is kept, in the order of the boundary's tensors.
-        input_shapes: Of the leaves of the model's inputs, which padded dimensions follow.
-        checkpointed: Whether a stub was called under activation checkpointing, which calls it again in the backward.
-    """
-
-    def __init__(self, rows: list[Tensor], batch: int, poison: Poison) -> None:
-        self.rows = rows
-        self.batch = batch
-        self.poison = poison
-        self.numbers = Numbers()
-        self.input_shapes: list[tuple[int, ...]] = []
-        self.grad = torch.is_grad_enabled()
-        self.checkpointed = False
+# Under which calls of the boundary are counted, beside those of its module's stub: no module has this name.
+_BOUNDARY = "\0boundary"
 
 
 class ReplaySuffix(Uncopied, nn.Module):
@@ -55,19 +34,19 @@ class ReplaySuffix(Uncopied, nn.Module):
         super().__init__()
         self.plan = planned
         self._places = {place: i for i, place in enumerate(planned.kept)}
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
         self._has_gradients: bool | None = None  # at the boundary, in the verification's training step
         # the backward that runs, and the passes whose outputs it has come to
-        self._backward: tuple[int, list[weakref.ref[_Pass]]] = (-1, [])
+        self._backward: tuple[int, list[weakref.ref[Pass]]] = (-1, [])
         self._bad_values: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._inputs = _Inputs(site, planned, example)
+        self._inputs = Inputs(site, planned, example)
         names = {name for name, _ in planned.closed.keys() | planned.constant}
         self._called = Counter(name for name, _ in planned.closed)
         forwards: dict[str, Rewrite] = {name: self._stub(name) for name in names}
         arguments = {place[3]: i for place, i in self._places.items() if place[0] == "argument"}
         if site.first_call is not None:
             known = site.known_as
-            self._called["\0boundary"] = sum(call.name == known for call in site.usage.calls)
+            self._called[_BOUNDARY] = sum(call.name == known for call in site.usage.calls)
             forwards[known] = self._boundary(arguments, forwards.get(known))
         for name, rewrite in (around or {}).items():
             forwards[name] = _around(rewrite, forwards.get(name))
@@ -80,7 +59,10 @@ class ReplaySuffix(Uncopied, nn.Module):
                 made.training = False
         self._open = [(m, o, m._modules, vars(m).get("forward")) for m, o in self._copied if id(o) not in stubs]
         # a compiled forward follows those of Python's own plain types, which it guards by value
-        self._traced = [(m, o, [n for n, v in vars(o).items() if _is_plain(n, v)]) for m, o, _, _ in self._open]
+        self._traced = [
+            (m, o, [n for n, v in attributes_of(o).items() if isinstance(v, bool | int | float | str | None)])
+            for m, o, _, _ in self._open
+        ]
         self._children = [
             (original, dict(original._modules), type(original), vars(original).get("forward"))
             for _, original in self._copied
@@ -147,7 +129,7 @@ class ReplaySuffix(Uncopied, nn.Module):
         spec = self.plan.tensors[0]
         batch = rows[0].shape[spec.batch_dim]
         rows = [tensor.fold(row) for tensor, row in zip(self.plan.tensors, rows, strict=True)]
-        current = self._pass = _Pass(rows, batch, poison or self._nan)
+        current = self._pass = Pass(rows, batch, poison or self._nan)
         args, kwargs = self._inputs.build(current, self._places, given)
         self._follow_attributes()
         try:
@@ -194,7 +176,7 @@ class ReplaySuffix(Uncopied, nn.Module):
 
     # --- activation checkpointing ---
 
-    def _watch_checkpointing(self, current: _Pass) -> None:
+    def _watch_checkpointing(self, current: Pass) -> None:
         if current.checkpointed or torch.compiler.is_compiling():
             return
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -211,7 +193,7 @@ class ReplaySuffix(Uncopied, nn.Module):
                 "none, so nothing in it would be trained; checkpoint with use_reentrant=False"
             )
 
-    def _expect_backward(self, current: _Pass, output: Any) -> None:
+    def _expect_backward(self, current: Pass, output: Any) -> None:
         def begin(_gradient: Tensor) -> None:
             task = torch._C._current_graph_task_id()
             known = [ref for ref in self._backward[1] if ref() is not current] if self._backward[0] == task else []
@@ -221,18 +203,29 @@ class ReplaySuffix(Uncopied, nn.Module):
             if tensor.requires_grad:
                 tensor.register_hook(begin)  # type: ignore[no-untyped-call]
 
-    def _recomputed(self, name: str) -> tuple[_Pass, int]:
+    def _recomputed(self, name: str) -> tuple[Pass, int]:
         """The pass whose backward calls a stub again, and the number of that call."""
         task, passes = self._backward
         begun = [p for ref in passes if (p := ref()) is not None]
         if task != torch._C._current_graph_task_id() or len(begun) != 1 or self._called[name] != 1:
+            what = "the boundary again" if name == _BOUNDARY else f"frozen layers again ({name!r})"
             raise SplitError(
-                f"replay: activation checkpointing runs frozen layers again ({name!r}), and which forward and which "
-                "call it repeats is not known; call backward() after every forward, or checkpoint trained layers only"
+                f"replay: activation checkpointing runs {what}, and which forward and which call it repeats is not "
+                "known; call backward() after every forward, or checkpoint trained layers only"
             )
         return begun[0], 0
 
     # --- stubs ---
+
+    def _arrive(self, name: str) -> tuple[Pass, int] | None:
+        """Which pass a call belongs to, and its number there; None inside a call that is run as it is."""
+        current = self._pass
+        if current is None:
+            return self._recomputed(name)
+        if current.numbers.inside:
+            return None
+        self._watch_checkpointing(current)
+        return current, current.numbers.next(name)
 
     def _stub(self, name: str) -> Rewrite:
         planned = self.plan
@@ -240,14 +233,10 @@ class ReplaySuffix(Uncopied, nn.Module):
 
         def make(_module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                current = self._pass
-                if current is None:
-                    current, number = self._recomputed(name)
-                elif current.numbers.inside:
+                arrived = self._arrive(name)
+                if arrived is None:
                     return own(*args, **kwargs)
-                else:
-                    number = current.numbers.next(name)
-                    self._watch_checkpointing(current)
+                current, number = arrived
                 call = calls.get(number)
                 if call is not None and (name, number) not in planned.again:
                     return self._result(current, call, args, kwargs)
@@ -263,7 +252,7 @@ class ReplaySuffix(Uncopied, nn.Module):
 
         return make
 
-    def _result(self, current: _Pass, call: ClosedCall, args: Any, kwargs: Any) -> Any:
+    def _result(self, current: Pass, call: ClosedCall, args: Any, kwargs: Any) -> Any:
         """What a closed call returned, and what it wrote into its arguments."""
         places, rows = self._places, current.rows
         needs_arguments = call.written or any(kind == "argument" for kind, _ in call.leaves)
@@ -290,17 +279,13 @@ class ReplaySuffix(Uncopied, nn.Module):
 
     def _boundary(self, arguments: dict[int, int], stub: Rewrite | None) -> Rewrite:
         def make(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
-            arrived = own if stub is None else stub(module, own)
+            inner = own if stub is None else stub(module, own)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                current = self._pass
-                if current is None:
-                    current, number = self._recomputed("\0boundary")
-                elif current.numbers.inside:
-                    return arrived(*args, **kwargs)
-                else:
-                    number = current.numbers.next("\0boundary")
-                    self._watch_checkpointing(current)
+                arrived = self._arrive(_BOUNDARY)
+                if arrived is None:
+                    return inner(*args, **kwargs)
+                current, number = arrived
                 if current.grad:
                     self._watch_gradients(always=bool(arguments))
                 if number == 0:
@@ -308,16 +293,11 @@ class ReplaySuffix(Uncopied, nn.Module):
                     for at, row in arguments.items():
                         leaves[at] = current.rows[row]
                     args, kwargs = pytree.tree_unflatten(leaves, tree)
-                return arrived(*args, **kwargs)
+                return inner(*args, **kwargs)
 
             return forward
 
         return make
-
-
-def _is_plain(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is one that a forward reads as a number, a flag or a word."""
-    return name not in BOOKKEEPING and "hook" not in name and isinstance(value, bool | int | float | str | None)
 
 
 def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:
@@ -327,78 +307,6 @@ def _around(outer: Rewrite, inner: Rewrite | None) -> Rewrite:
         return outer(module, own if inner is None else inner(module, own))
 
     return make
-
-
-class _Inputs:
-    """The model's arguments as the suffix calls it: rows, constants, and poison."""
-
-    def __init__(self, site: Site, planned: Plan, example: Example) -> None:
-        self._model, self._leaves = site.model, []
-        self.answer: int | None = None
-        self._listed = isinstance(example, SampleLists)
-        if self._listed:
-            return
-        leaves, self._tree = pytree.tree_flatten((example.args, example.kwargs))
-        values = {v.place[3]: v for v in planned.values if v.place is not None and v.place[0] == "input"}
-        first = {id(leaves[at]): at for at in sorted(values, reverse=True)}  # one tensor may be given twice
-        self._leaves = [
-            _input(at if at in values else first[id(leaf)], values) if isinstance(leaf, Tensor) else (-1, leaf)
-            for at, leaf in enumerate(leaves)
-        ]
-        self._stand_ins = {at: leaves[at].detach().clone() for at in planned.stand_ins}
-        for at, value in self._leaves:
-            if at >= 0 and value.spec is None and value.shape[:1] == (2,):
-                raise SplitError(
-                    f"replay: input {input_name(site, example, at)} has two dimensions that look like a batch"
-                )
-
-    def _stand_in(self, current: _Pass, at: int, value: Value) -> Tensor:
-        """The example's first sample, for every row."""
-        sample: Tensor = self._stand_ins[at].to(current.rows[0].device)
-        if self.answer is not None:
-            sample = torch.full_like(sample, self.answer)
-        if value.spec is None:
-            return sample
-        return sample.narrow(value.spec.batch_dim, 0, 1).repeat_interleave(current.batch, value.spec.batch_dim)
-
-    def build(self, current: _Pass, places: dict[Place, int], beside: Sequence[Any]) -> Any:
-        """Positional and keyword arguments."""
-        if len(beside) != self._listed:
-            raise TypeError(
-                f"a suffix of {type(self._model).__name__} takes {len(current.rows)} activations, and after them "
-                f"{'its inputs: suffix(*rows, (images, targets))' if self._listed else 'nothing'}; got {len(beside)}"
-            )
-        if self._listed:
-            (lists,) = example_of(self._model, beside[0]).beside
-            return lists.args, lists.kwargs
-        given = []
-        for at, what in self._leaves:
-            if at < 0:
-                given.append(what)
-                continue
-            row = places.get(("input", "", 0, at))
-            if row is None and at in self._stand_ins:
-                given.append(self._stand_in(current, at, what))
-            elif row is None:
-                given.append(poisoned(current, what.spec, what.shape, what.dtype, what.written))
-            else:
-                given.append(current.rows[row])
-        current.input_shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in given]
-        return pytree.tree_unflatten(given, self._tree)
-
-
-def _input(at: int, values: dict[int, Value]) -> tuple[int, Value]:
-    return at, values[at]
-
-
-def poisoned(
-    current: _Pass, spec: BoundaryTensor | None, shape: tuple[int, ...], dtype: torch.dtype, written: bool
-) -> Tensor:
-    """What stands for a value that is not kept, with the batch of the rows."""
-    if spec is not None:
-        shape = sizes_at(spec, current.batch, current.input_shapes)
-    made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
-    return made
 
 
 def _bad(dtype: torch.dtype) -> Any:

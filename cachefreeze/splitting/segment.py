@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode, preserved_state
-from cachefreeze.splitting.boundary import Uncopied
+from cachefreeze.splitting.boundary import Uncopied, as_returned, as_tuple, rows_of
 from cachefreeze.splitting.fx_segment import fx_segment
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
@@ -59,8 +58,7 @@ class Segment(Uncopied, nn.Module):
         if len(found) < len(tensors):
             raise SplitError("a row of the deeper boundary is not made from rows of this one; fill it from the samples")
         made = [spec.unfold(found[place]) for place, spec in zip(self._after.kept, tensors, strict=True)]
-        values = tuple(made[at] for at in self._given)
-        return values[0] if len(values) == 1 else values
+        return as_returned([made[at] for at in self._given])
 
 
 def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
@@ -83,8 +81,8 @@ def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
     segment = _between(shallower, deeper)
     for count in (2, 3):
         some = example.take([i % example.batch for i in range(count)])
-        rows = [row.clone() for row in _rows(some.fresh().call(shallower.prefix))]
-        got, wanted = _rows(segment(*rows)), _rows(some.fresh().call(deeper.prefix))
+        rows = rows_of(shallower.prefix, some.fresh())
+        got, wanted = as_tuple(segment(*rows)), as_tuple(some.fresh().call(deeper.prefix))
         if not all(close_rows(a, b) for a, b in zip(wanted, got, strict=True)):
             raise SplitError(
                 f"rows at {end.name!r} that are made from rows at {site.name!r} are not those made from the samples; "
@@ -98,7 +96,7 @@ def _between(shallower: Parts, deeper: Parts) -> nn.Module:
     if shallower.executor == deeper.executor == "fx":
         (site, example), (end, _) = shallower.origin, deeper.origin
         some = example.take([0, 1])
-        made = [[row.clone() for row in _rows(some.fresh().call(parts.prefix))] for parts in (shallower, deeper)]
+        made = [rows_of(parts.prefix, some.fresh()) for parts in (shallower, deeper)]
         with suppress(SplitError):
             return fx_segment(site, end, some, *made)
     return Segment(shallower, deeper)
@@ -118,9 +116,9 @@ def _matched(parts: Parts, planned: Plan, what: str) -> list[int]:
         return list(range(len(planned.kept)))
     site, example = parts.origin
     some = example.take([0, 1])
-    rows = _rows(some.fresh().call(parts.prefix))
+    rows = as_tuple(some.fresh().call(parts.prefix))
     with site.mode(train=False):
-        values = _rows(some.fresh().call(ReplayPrefix(site, planned)))
+        values = as_tuple(some.fresh().call(ReplayPrefix(site, planned)))
     wanted, have = (values, rows) if what == "taken" else (rows, values)
     found = []
     for tensor in wanted:
@@ -132,7 +130,3 @@ def _matched(parts: Parts, planned: Plan, what: str) -> list[int]:
             )
         found.append(equal[0])
     return found
-
-
-def _rows(made: Any) -> Sequence[Tensor]:
-    return made if isinstance(made, tuple) else (made,)

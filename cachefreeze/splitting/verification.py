@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cachefreeze import trees
-from cachefreeze.errors import BatchDependentError, SplitError
+from cachefreeze.errors import BatchDependentError, SplitError, first_line
 from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state, seed_generators
-from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site
+from cachefreeze.splitting.boundary import BoundaryTensor, Cut, Site, rows_of
 from cachefreeze.tracing import Example
 
 # Relative to the largest magnitude. The same ops in the same order are bit-equal on the CPU; the allowance is for
@@ -53,7 +53,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                 expected = _fresh_call(site, some.fresh().call, site.model)
                 random_state.restore()
                 with preserved_state(site.model) as attributes:
-                    rows = rows_of(cut, some.fresh())
+                    rows = rows_of(cut.prefix, some.fresh())
                     moved = [*random_state.moved(), *attributes.drawn()]
                 if moved:
                     raise SplitError(
@@ -75,19 +75,13 @@ def _fresh_call(site: Site, function: Any, *arguments: Any) -> Any:
         return trees.without_generation_caches(function(*arguments))
 
 
-def rows_of(cut: Cut, some: Example) -> list[Tensor]:
-    """What the prefix makes, in tensors of its own."""
-    made = some.call(cut.prefix)
-    return [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
-
-
 def suffix_of(cut: Cut, rows: list[Tensor], site: Site, some: Example) -> Any:
     """What the suffix makes of the rows of some samples; raises SplitError where it cannot run."""
     try:
         return cut.suffix(*rows, *some.beside)
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:  # the model itself ran
         kind = type(error).__name__
-        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {_first_line(error)}") from error
+        raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {first_line(error)}") from error
 
 
 def _differing(example: Example) -> Example:
@@ -120,9 +114,9 @@ def _check_unwritten(cut: Cut, some: Example, before: list[nn.Module], site: Sit
 
 
 def _check_separable(cut: Cut, site: Site, example: Example) -> None:
-    together = rows_of(cut, example.fresh())
+    together = rows_of(cut.prefix, example.fresh())
     for sample in range(min(example.batch, _SAMPLES)):
-        alone = rows_of(cut, example.take([sample] * 3))  # other samples, and another number of them
+        alone = rows_of(cut.prefix, example.take([sample] * 3))  # other samples, and another number of them
         for number, (spec, all_rows, one) in enumerate(zip(cut.tensors, together, alone, strict=True)):
             wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
             if not close(wanted, got, _ACROSS_BATCHES) and not _rounds_as_much(
@@ -145,7 +139,7 @@ def _rounds_as_much(cut: Cut, example: Example, sample: int, number: int, row: T
     spec = cut.tensors[number]
     noise = 0.0
     for count in (2, 4, 5, 8):
-        copies = _sample(rows_of(cut, example.take([sample] * count))[number], spec, 0)
+        copies = _sample(rows_of(cut.prefix, example.take([sample] * count))[number], spec, 0)
         noise = max(noise, float((copies.double() - row.double()).abs().max()))
     if noise > _ROUNDING_AT_MOST * float(
         row.double().abs().max()
@@ -166,14 +160,16 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
         raise
     except (RuntimeError, AssertionError) as error:
         raise SplitError(
-            f"{type(site.model).__name__} itself cannot be trained on these inputs: {_first_line(error)}"
+            f"{type(site.model).__name__} itself cannot be trained on these inputs: {first_line(error)}"
         ) from error
     try:
-        split = train_once(site.model, lambda: suffix_of(cut, rows_of(cut, some.fresh()), site, some.fresh()), seed)
+        split = train_once(
+            site.model, lambda: suffix_of(cut, rows_of(cut.prefix, some.fresh()), site, some.fresh()), seed
+        )
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
-        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {_first_line(error)}") from error
+        raise SplitError(f"the suffix cut at {site.name!r} cannot be trained: {first_line(error)}") from error
     for what, expected, got in zip(("train output", "gradient", "buffer"), whole[:3], split[:3], strict=True):
         compare(what, expected, got, site)
     if whole[3] != split[3]:
@@ -226,10 +222,6 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor
-
-
-def _first_line(error: BaseException) -> str:
-    return "".join(str(error).strip().splitlines()[:1])
 
 
 def _weights(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from cachefreeze.freezing import freeze
 from cachefreeze.isolation import RandomState
 from cachefreeze.splitting import Parts, split
+from cachefreeze.splitting.boundary import as_tuple
 from cachefreeze.testing.traps import Trap
 from cachefreeze.tracing import Example
 
@@ -98,8 +99,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 def rows_of(parts: Parts, batch: Example) -> list[Tensor]:
     """What the prefix makes of a batch, in tensors of their own."""
-    made = batch.fresh().call(parts.prefix)
-    return [row.clone() for row in (made if isinstance(made, tuple) else (made,))]
+    return [row.clone() for row in as_tuple(batch.fresh().call(parts.prefix))]
 
 
 def _steps(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from cachefreeze.engine import Engine
 from cachefreeze.rows import model_device
 from cachefreeze.splitting import Parts, split
+from cachefreeze.splitting.boundary import as_tuple
 
 _LR = 1e-3
 
@@ -178,8 +179,7 @@ class Slices:
         model.eval()
         with torch.no_grad():
             for x, y in job.loader(shuffle=False):
-                rows = parts.prefix(x.to(job.device))
-                made.append(rows if isinstance(rows, tuple) else (rows,))
+                made.append(as_tuple(parts.prefix(x.to(job.device))))
                 labels.append(y.to(job.device))
         model.train()
         columns = zip(zip(*made, strict=True), parts.boundary.tensors, strict=True)

@@ -1,0 +1,155 @@
+"""The plain attributes of modules as they were: containers, objects and random generators are looked into."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import random
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of one of the GENERATORS."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put the state of one of the GENERATORS back."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+class Attributes:
+    """The plain attributes of some modules: all but weights, buffers, children and modes.
+
+    Lists, dicts, sets, objects with attributes of their own (a meter) and random generators are looked into.
+    """
+
+    _APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, list[_Content]]]] = []
+        seen: set[int] = set()  # a configuration is shared by every layer
+        for name, module in modules:
+            own = {key: value for key, value in vars(module).items() if key not in self._APART}
+            self._kept.append((name, module, own, {key: list(_contents(value, seen)) for key, value in own.items()}))
+
+    def drawn(self) -> list[str]:
+        """Dotted names of the attributes whose random generator was drawn from."""
+        return [
+            f"{name}.{key}".lstrip(".")
+            for name, _, _, contents in self._kept
+            for key, found in contents.items()
+            if any(isinstance(content, _Drawing) and content.changed() for content in found)
+        ]
+
+    def changed(self) -> list[str]:
+        """Dotted names of the attributes that were bound anew, or whose list, dict or set holds something else."""
+        return [
+            f"{name}.{key}".lstrip(".")
+            for name, module, own, contents in self._kept
+            for key in sorted((vars(module).keys() | own.keys()) - self._APART)
+            if vars(module).get(key, self) is not own.get(key, self)
+            or any(content.changed() for content in contents.get(key, ()))
+        ]
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        for _, module, own, contents in self._kept:
+            state = vars(module)
+            for key in state.keys() - own.keys() - self._APART:
+                del state[key]
+            state.update(own)
+            for content in (content for found in contents.values() for content in found):
+                if content.changed():
+                    content.restore()
+
+
+class _Holding:
+    """A list, dict or set, and what it held."""
+
+    def __init__(self, container: Any) -> None:
+        self._now, self._before = container, copy.copy(container)
+
+    def changed(self) -> bool:
+        return not _same_items(self._now, self._before)
+
+    def restore(self) -> None:
+        self._now.clear()
+        (self._now.extend if isinstance(self._before, list | deque) else self._now.update)(self._before)
+
+
+class _Drawing:
+    """A random generator and its state."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator, self._state = generator, generator_state(generator)
+
+    def changed(self) -> bool:
+        now = generator_state(self._generator)
+        if isinstance(now, Tensor):
+            return not torch.equal(now, self._state)
+        return pickle.dumps(now) != pickle.dumps(self._state)
+
+    def restore(self) -> None:
+        set_generator_state(self._generator, self._state)
+
+
+_Content = _Holding | _Drawing
+_PLAIN = (bool, int, float, str, bytes, Tensor)
+# What has a __dict__ that no forward is expected to write, or that is kept elsewhere.
+_NOT_LOOKED_INTO = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
+
+
+def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
+    """Every container and generator in a value; of an object, the dict of its attributes."""
+    if not depth or value is None or isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    if isinstance(value, GENERATORS):
+        seen.add(id(value))
+        yield _Drawing(value)
+        return
+    if not isinstance(value, list | dict | set | deque | tuple):
+        value = None if isinstance(value, _NOT_LOOKED_INTO) else getattr(value, "__dict__", None)
+        if not isinstance(value, dict):
+            return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if not isinstance(value, tuple):
+        yield _Holding(value)
+    for item in list(value.values() if isinstance(value, dict) else value):
+        yield from _contents(item, seen, depth - 1)
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    """Whether a container holds the very same objects: comparing tensors by value would be no answer."""
+    if len(now) != len(before):
+        return False
+    if isinstance(before, dict):
+        return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
+    if isinstance(before, set):
+        return {id(item) for item in now} == {id(item) for item in before}
+    return all(a is b for a, b in zip(now, before, strict=True))
