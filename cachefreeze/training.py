@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -255,9 +256,12 @@ def _length(batch: Any) -> int:
 
 def with_progress(loader: Loader, what: str, *, show: bool) -> Iterator[Any]:
     """Iterate a loader behind a progress bar on stderr; no bar when not asked for, or not on a terminal."""
-    bar: Any = tqdm(loader, total=len(loader), desc=what, leave=False, disable=None if show else True)
+    if not (show and sys.stderr.isatty()):  # a hidden bar takes tqdm's lock too, which forked children share
+        yield from loader
+        return
+    bar = tqdm(loader, total=len(loader), desc=what, leave=False)
     for batch in bar:
         following = loader.inner if isinstance(loader, StagedLoader) else loader
-        if not bar.disable and isinstance(following, CachedLoader):
+        if isinstance(following, CachedLoader):
             bar.set_description_str(f"{what} {following.rows.progress()}".rstrip(), refresh=False)
         yield batch
