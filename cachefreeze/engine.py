@@ -26,7 +26,7 @@ from cachefreeze.judging import Judgement, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, split_on
 from cachefreeze.moves import Move
-from cachefreeze.rows import autocast, forward_arguments, model_device
+from cachefreeze.rows import forward_arguments, model_device
 from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule
 from cachefreeze.splitting import Parts
@@ -191,8 +191,7 @@ class Engine:
                 self._judged = self._judge(usage, self.boundary, dataloader, seen)
                 if not self._judged.pays:
                     return self._passing(dataloader)
-            with autocast(model_device(self.model), self._autocast):
-                self.parts = split_on(self.model, seen)
+            self.parts = split_on(self.model, seen, self._autocast)
             self.cache = self._make(self.parts)
         self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
         return self._cached[-1]

@@ -97,9 +97,7 @@ class CacheManager:
         seen = View.of(
             dataloader, forward_arguments(model), inputs=inputs, view=view, assume_deterministic=assume_deterministic
         )
-        with under_autocast(model_device(model), autocast):
-            parts = split_on(model, seen)
-        return cls(parts, store, autocast=autocast, dtype=dtype)
+        return cls(split_on(model, seen, autocast), store, autocast=autocast, dtype=dtype)
 
     def loader(
         self,
@@ -270,12 +268,23 @@ class CacheManager:
         self._rows.clear()
 
 
-def split_on(model: nn.Module, view: View) -> Parts:
-    """Split a frozen model on some of the samples that are to be cached."""
+def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundary: str | None = None) -> Parts:
+    """Split a model on some of the samples that are to be cached, in the autocast state that rows are made in.
+
+    Args:
+        model: Frozen up to the boundary.
+        view: The samples.
+        autocast: Autocast dtype of the prefix; None: without.
+        boundary: To split at, of samples of one size; None: the first trainable block.
+    """
     device = model_device(model)
     if view.ragged is None:
-        return split(model, view.example().to(device))
-    return split_padded(model, view.padded_batches(device), view.layout.input_names)
+        example = view.example().to(device)
+        with under_autocast(device, autocast):
+            return split(model, example, boundary)
+    batches = view.padded_batches(device)
+    with under_autocast(device, autocast):
+        return split_padded(model, batches, view.layout.input_names)
 
 
 def next_name(taken: Iterable[str]) -> str:
