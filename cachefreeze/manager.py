@@ -173,7 +173,7 @@ class CacheManager:
     @property
     def promoting(self) -> bool:
         """Whether rows are absent that may be made from those below."""
-        return any(isinstance(held, PromotedRows) and not held.complete for held in self._rows.values())
+        return any(isinstance(held, PromotedRows) and not held.settled for held in self._rows.values())
 
     def let_go(self) -> None:
         """Check some promoted rows against ones computed from their samples; need those below no more.
@@ -242,7 +242,7 @@ class CacheManager:
 
     def _release(self) -> None:
         """Once every row is there, nothing is kept to make them."""
-        if all(held.store.count == held.spec.rows for held in self._rows.values()):
+        if all(held.settled for held in self._rows.values()):
             self._prefix.release()
 
     def drop(self) -> None:

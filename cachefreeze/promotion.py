@@ -45,11 +45,6 @@ class PromotedRows(StoredRows):
         self._segment = segment
         super().__init__(prefix, name, view, where, version)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every row is there, so that those below are needed no more."""
-        return self.store.count == self.spec.rows
-
     def let_go(self) -> None:
         """Need the rows below no more; those that are absent here are made from the samples."""
         self._below = None

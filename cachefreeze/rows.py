@@ -296,10 +296,9 @@ class StoredRows:
 
     def progress(self) -> str:
         """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``; empty once the store is full."""
-        done = self.store.count
-        if done == self.spec.rows:
+        if self.settled:
             return ""
-        return caching_line(self.prefix.parts.boundary.name, done, self.spec.rows, self.spec.nbytes)
+        return caching_line(self.prefix.parts.boundary.name, self.store.count, self.spec.rows, self.spec.nbytes)
 
     # --- filling ---
 
@@ -447,7 +446,7 @@ class StoredRows:
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
         """Rows from the store; those that it does not keep from where they were computed."""
-        if self.store.full or bool(self.store.present(index).all()):
+        if self.settled or bool(self.store.present(index).all()):
             return self._read(index)
         place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
         wanted = index.tolist()
