@@ -251,7 +251,11 @@ class StoredRows:
 
     def make(self, rows: Sequence[int], how: Callable[[], Computed]) -> Computed:
         """Make ``rows`` and write those that no other process has or is about to write."""
-        return self._make_mine(rows, self._claim(rows), how)
+        mine = self._claim(rows)
+        with self._given_up_on_error(index_of(rows)[mine]):
+            computed = how()
+            self._write(mine, computed)
+        return computed
 
     def lane(self) -> Lane | None:
         """How rows that are read ahead get to the device; None where nothing is to be sent there."""
@@ -393,13 +397,6 @@ class StoredRows:
         if not self.store.writable:
             return torch.zeros(len(rows), dtype=torch.bool)
         return self.store.claim(index_of(rows))
-
-    def _make_mine(self, rows: Sequence[int], mine: Tensor, how: Callable[[], Computed]) -> Computed:
-        """Make ``rows`` and write those that are ``mine``, which are given up if that fails."""
-        with self._given_up_on_error(index_of(rows)[mine]):
-            computed = how()
-            self._write(mine, computed)
-        return computed
 
     @contextmanager
     def _given_up_on_error(self, index: Tensor) -> Iterator[None]:
