@@ -216,8 +216,7 @@ class StoredRows:
             return
         variant = turns.at(epoch)
         for batch in batches:
-            samples = index_of(batch)
-            _check_beyond(samples.tolist(), turns.samples)
+            samples = _index_within(batch, turns.samples)
             yield (samples + turns.samples * variant[samples]).tolist()
 
     def absent(self, rows: Sequence[int]) -> list[int]:
@@ -382,15 +381,8 @@ class StoredRows:
     # --- inside ---
 
     def _asked(self, rows: Sequence[int]) -> Tensor:
-        """(n,) int64 indices of samples.
-
-        Raises:
-            LoaderError: They are none.
-        """
-        index = index_of(rows)
-        if len(index) and beyond(index, self.spec.rows):
-            _check_beyond(index.tolist(), self.spec.rows)
-        return index
+        """(n,) int64 indices of rows; LoaderError where they are none."""
+        return _index_within(rows, self.spec.rows)
 
     def _claim(self, rows: Sequence[int]) -> Tensor:
         """(n,) bool: which of ``rows`` are for this process to write."""
@@ -526,13 +518,20 @@ def index_of(rows: Sequence[int]) -> Tensor:
         ) from error
 
 
-def _check_beyond(asked: Sequence[int], samples: int) -> None:
-    beyond = [index for index in asked if not 0 <= index < samples]
-    if beyond:
+def _index_within(asked: Sequence[int], samples: int) -> Tensor:
+    """(n,) int64: what a sampler asks for of a dataset.
+
+    Raises:
+        LoaderError: They are no indices, or beyond the dataset.
+    """
+    index = index_of(asked)
+    if len(index) and beyond(index, samples):
+        wrong = next(one for one in index.tolist() if not 0 <= one < samples)
         raise LoaderError(
-            f"the sampler asked for sample {beyond[0]} of a dataset of {samples}: expected 0 to {samples - 1}, since a "
+            f"the sampler asked for sample {wrong} of a dataset of {samples}: expected 0 to {samples - 1}, since a "
             "row belongs to one index; correct the sampler, or make the loader after the dataset has grown"
         )
+    return index
 
 
 def _own_shape(tensor: BoundaryTensor) -> tuple[int | str, ...]:
