@@ -19,7 +19,7 @@ from cachefreeze.manager import CacheManager, next_name, split_on
 from cachefreeze.measuring import measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
-from cachefreeze.rows import model_device
+from cachefreeze.running import model_device
 from cachefreeze.samples import View
 from cachefreeze.schedules import Stages
 from cachefreeze.splitting import Parts, blocks

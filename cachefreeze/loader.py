@@ -16,27 +16,11 @@ from cachefreeze.batches import map_tensors
 from cachefreeze.errors import CorruptRowError, LoaderError
 from cachefreeze.order import BatchOrder
 from cachefreeze.prefetch import Lane, ReadAhead
+from cachefreeze.running import NumericMode
 from cachefreeze.samples import is_map_style
 from cachefreeze.tracing import Example
 
 Source = Literal["live", "frozen", "fill", "cached"]
-
-
-@dataclass(frozen=True)
-class NumericMode:
-    """The autocast state that rows were made for.
-
-    Attributes:
-        autocast: The autocast dtype, or None when autocast is off.
-    """
-
-    autocast: torch.dtype | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> NumericMode:
-        """The ambient state for a device type."""
-        on = torch.is_autocast_enabled(device.type)
-        return cls(torch.get_autocast_dtype(device.type) if on else None)
 
 
 class Rows:

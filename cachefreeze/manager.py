@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from cachefreeze.batches import Inputs
 from cachefreeze.errors import StoreError, UsageError
 from cachefreeze.inference import Optimized
-from cachefreeze.loader import CachedLoader, NumericMode, check_loader
+from cachefreeze.loader import CachedLoader, check_loader
 from cachefreeze.optimized import prefix_of
 from cachefreeze.promotion import PromotedRows
-from cachefreeze.rows import FillReport, StoredRows, forward_arguments, model_device
-from cachefreeze.rows import autocast as under_autocast
+from cachefreeze.rows import FillReport, StoredRows
+from cachefreeze.running import NumericMode, forward_arguments, model_device
+from cachefreeze.running import autocast as under_autocast
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.stores import BadRow, Store

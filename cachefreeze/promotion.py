@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError
 from cachefreeze.formats import UniformRows
+from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.loader import Computed, PassCounts
-from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, autocast, index_of
+from cachefreeze.rows import FillReport, StoredRows, index_of
+from cachefreeze.running import autocast
 from cachefreeze.samples import View
 from cachefreeze.stores import Store
 

@@ -19,7 +19,7 @@ from cachefreeze.engine import Engine
 from cachefreeze.errors import CheckpointError, UsageError
 from cachefreeze.loader import CachedLoader, PassingLoader, Rows, StagedLoader
 from cachefreeze.reporting import EpochReport, Report, versions
-from cachefreeze.rows import model_device
+from cachefreeze.running import model_device
 
 Loader = CachedLoader | PassingLoader | StagedLoader
 LossFunction = Callable[..., Tensor]
