@@ -138,8 +138,7 @@ class Trainer:
         train_sums = self._pass(train, f"epoch {epoch}", self._step)
         train_loss = train_sums.mean_loss()  # waits for the device: the pass is over when its work is
         seconds = time.perf_counter() - began
-        counts = train.counts
-        rows = (counts.cached, counts.computed, counts.repaired, counts.promoted, counts.rewritten)
+        counts = train.counts  # of this pass: the next one, also over the same loader, has its own
         val_loss = val_accuracy = val_seconds = val_source = None
         if val is not None:
             self.engine.model.eval()
@@ -159,11 +158,11 @@ class Trainer:
             train_loss=train_loss,
             val_loss=val_loss,
             val_accuracy=val_accuracy,
-            rows_cached=rows[0],
-            rows_computed=rows[1],
-            rows_repaired=rows[2],
-            rows_promoted=rows[3],
-            rows_rewritten=rows[4],
+            rows_cached=counts.cached,
+            rows_computed=counts.computed,
+            rows_repaired=counts.repaired,
+            rows_promoted=counts.promoted,
+            rows_rewritten=counts.rewritten,
             lr=lr,
         )
 
