@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import UsageError
-from cachefreeze.loader import NumericMode
 from cachefreeze.recorded import (
     CudaRecorder,
     Rates,
@@ -29,7 +28,7 @@ from cachefreeze.recorded import (
     parameters_of,
     state_of,
 )
-from cachefreeze.rows import autocast, model_device
+from cachefreeze.running import NumericMode, autocast, model_device
 
 _LOG = logging.getLogger("cachefreeze")
 

@@ -23,10 +23,10 @@ from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
 from cachefreeze.judging import Judgement, judge, measure_boundary, tell
-from cachefreeze.loader import CachedLoader, NumericMode, PassingLoader, Rows, StagedLoader, check_loader
+from cachefreeze.loader import CachedLoader, PassingLoader, Rows, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, split_on
 from cachefreeze.moves import Move
-from cachefreeze.rows import autocast, forward_arguments, model_device
+from cachefreeze.running import NumericMode, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule
 from cachefreeze.splitting import Parts
@@ -113,8 +113,6 @@ class Engine:
         self.boundary: str | None = None
         self._store = store
         self._autocast = autocast
-        self._dtype = dtype
-        self._prefix = prefix
         self._staging = None if schedule is None else Staging(model, schedule)
         self._make = partial(CacheManager, store=store, autocast=autocast, dtype=dtype, prefix=prefix)
         self._following: Following | None = None
@@ -181,20 +179,19 @@ class Engine:
         if self._following is not None:
             return self._following.add(dataloader, seen, name, version)
         if self._judged is not None and not self._judged.pays and view is None and variants is None:
-            return PassingLoader(dataloader, model_device(self.model), "frozen")
+            return self._passing(dataloader)
         if self.cache is None:
             example = seen.example().to(model_device(self.model))
             usage = record_usage(self.model, example)
             self.boundary = boundary_of(self.model, usage)
             if self.boundary is None:
-                return PassingLoader(dataloader, model_device(self.model), "live")
+                return self._passing(dataloader)
             # views and variants are there to be cached; with samples of different lengths no batch stands for all
             if self._is_auto and view is None and variants is None and seen.ragged is None and seen.listed is None:
                 self._judged = self._judge(usage, self.boundary, dataloader, seen)
                 if not self._judged.pays:
-                    return PassingLoader(dataloader, model_device(self.model), "frozen")
-            with autocast(model_device(self.model), self._autocast):
-                self.parts = split_on(self.model, seen)
+                    return self._passing(dataloader)
+            self.parts = split_on(self.model, seen, self._autocast)
             self.cache = self._make(self.parts)
         self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
         return self._cached[-1]
@@ -419,7 +416,7 @@ class Engine:
         self._note(judgement)
         if not judgement.pays:
             for loader in self._cached:
-                loader.decline(PassingLoader(loader.dataloader, model_device(self.model), "frozen"))
+                loader.decline(self._passing(loader.dataloader))
             cache.close()
             self.parts = self.cache = None
 
@@ -442,14 +439,16 @@ class Engine:
         self.parts, self.cache, self.boundary = following.parts, following.cache, following.boundary
 
     def _uncached(self, dataloader: DataLoader[Any], inputs: Inputs) -> PassingLoader:
-        device = model_device(self.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the order of use only names the boundary in reports here
             usage = trace_usage(self.model)
         if usage.source == "registration":  # a guess: samples show the order, where they can be given to the model
             with suppress(Exception):  # what is not cached may be any data, and any model
-                usage = record_usage(
-                    self.model, example_of(dataloader, forward_arguments(self.model), inputs).to(device)
-                )
+                example = example_of(dataloader, forward_arguments(self.model), inputs)
+                usage = record_usage(self.model, example.to(model_device(self.model)))
         self.boundary = boundary_of(self.model, usage)
-        return PassingLoader(dataloader, device, "live" if self.boundary is None else "frozen")
+        return self._passing(dataloader)
+
+    def _passing(self, dataloader: DataLoader[Any]) -> PassingLoader:
+        """A loader's own batches, of which nothing is cached."""
+        return PassingLoader(dataloader, model_device(self.model), "live" if self.boundary is None else "frozen")

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.errors import SplitError, UsageError
 from cachefreeze.loader import PassingLoader, StagedLoader
-from cachefreeze.manager import CacheManager, next_name
+from cachefreeze.manager import CacheManager, next_name, split_on
 from cachefreeze.measuring import measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
-from cachefreeze.rows import autocast, model_device
+from cachefreeze.running import model_device
 from cachefreeze.samples import View
 from cachefreeze.schedules import Stages
-from cachefreeze.splitting import Parts, blocks, split
+from cachefreeze.splitting import Parts, blocks
 from cachefreeze.staging import Staging
 from cachefreeze.tracing import Example
 
@@ -206,14 +206,11 @@ class Following:
     def _move(self, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""
         boundary = self._staging.ladder.boundary(place)
-        device = model_device(self._model)
         self._drop_below()
         before, self._below = self.place or 0, self.cache
         self.parts, self.cache, self.place = None, None, place
         if boundary is not None:
-            example = self._followed[0].view.example().to(device)
-            with autocast(device, self._autocast):
-                self.parts = split(self._model, example, boundary)
+            self.parts = split_on(self._model, self._followed[0].view, self._autocast, boundary)
             self.cache = self._promoting(self.parts, self._below if before < place else None)
         if self.cache is None or not self.cache.has_below:
             self._drop_below()
@@ -221,7 +218,7 @@ class Following:
             dataloader = followed.loader.dataloader
             if self.cache is None:
                 source: Literal["frozen", "live"] = "frozen" if self._staging.frozen else "live"
-                followed.loader.follow(PassingLoader(dataloader, device, source))
+                followed.loader.follow(PassingLoader(dataloader, model_device(self._model), source))
             else:
                 inner = self.cache.loader_for(dataloader, followed.view, followed.name, followed.version, self._now)
                 followed.loader.follow(inner)

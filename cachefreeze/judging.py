@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.measuring import first_look, measure, measured_tier
 from cachefreeze.moves import Costs, Move, worthwhile
-from cachefreeze.rows import model_device
+from cachefreeze.running import model_device
 from cachefreeze.samples import View
 from cachefreeze.tracing import Usage
 

@@ -1,17 +1,10 @@
-"""The batches: the DataLoader's own order, with what the model consumes replaced by rows.
-
-A pass draws from the random states exactly what the DataLoader would have drawn, in the same order. What a
-DataLoader draws, and when, follows torch.utils.data.dataloader: ``_BaseDataLoaderIter.__init__`` makes one
-iterator of the batch sampler and draws a base seed; with workers ``_reset`` makes a second iterator, pulls
-``prefetch_factor * num_workers`` batches, and one more before each yield.
-"""
+"""The batches: the DataLoader's own order, with what the model consumes replaced by rows."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,28 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cachefreeze.batches import map_tensors
 from cachefreeze.errors import CorruptRowError, LoaderError
-from cachefreeze.prefetch import Lane, ReadAhead, foreseen, with_following
+from cachefreeze.order import BatchOrder
+from cachefreeze.prefetch import Lane, ReadAhead
+from cachefreeze.running import NumericMode
 from cachefreeze.samples import is_map_style
 from cachefreeze.tracing import Example
 
 Source = Literal["live", "frozen", "fill", "cached"]
-
-
-@dataclass(frozen=True)
-class NumericMode:
-    """The autocast state that rows were made for.
-
-    Attributes:
-        autocast: The autocast dtype, or None when autocast is off.
-    """
-
-    autocast: torch.dtype | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> NumericMode:
-        """The ambient state for a device type."""
-        on = torch.is_autocast_enabled(device.type)
-        return cls(torch.get_autocast_dtype(device.type) if on else None)
 
 
 class Rows:
@@ -392,51 +370,6 @@ class StagedLoader(LoaderProxy):
         for batch in inner:
             self.counts = inner.counts
             yield batch
-
-
-class BatchOrder:
-    """The index lists of each pass, pulled from the batch sampler as the DataLoader would pull them."""
-
-    def __init__(self, dataloader: DataLoader[Any]) -> None:
-        self._loader = dataloader
-        self._started = False
-
-    def begin(self) -> Iterator[Sequence[int]]:
-        """Make the iterators and the draws with which a DataLoader's pass begins."""
-        loader = self._loader
-        sampler: Any = loader.batch_sampler
-        pulled: Iterator[Sequence[int]] | None = None
-        if not (loader.persistent_workers and self._started):
-            pulled = iter(sampler)
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-        self._started = True
-        if loader.num_workers or pulled is None:
-            pulled = iter(sampler)
-        return pulled
-
-    def passed(self) -> None:
-        """Take notice of a pass that the DataLoader made itself: its persistent workers are there now."""
-        self._started = True
-
-    def ahead(
-        self, pulled: Iterator[Sequence[int]], *, following: bool
-    ) -> Iterator[tuple[Sequence[int], Sequence[int] | None]]:
-        """Hand the lists on, pulling ahead by as many as the workers' queues would hold.
-
-        Args:
-            pulled: From the batch sampler.
-            following: Give the next one too, where it has been pulled or may be; else it is None.
-        """
-        depth = (self._loader.prefetch_factor or 0) * self._loader.num_workers
-        if not depth:
-            early = foreseen(self._loader.batch_sampler) if following else 0
-            yield from with_following(pulled, early) if early else zip(pulled, repeat(None))
-            return
-        queue = deque(islice(pulled, depth))
-        while queue:
-            rows = queue.popleft()
-            queue.extend(islice(pulled, 1))
-            yield rows, queue[0] if following and queue else None
 
 
 class _Feed:

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from cachefreeze.batches import Inputs
 from cachefreeze.errors import StoreError, UsageError
 from cachefreeze.inference import Optimized
-from cachefreeze.loader import CachedLoader, NumericMode, check_loader
+from cachefreeze.loader import CachedLoader, check_loader
 from cachefreeze.optimized import prefix_of
 from cachefreeze.promotion import PromotedRows
-from cachefreeze.rows import FillReport, StoredRows, forward_arguments, model_device
-from cachefreeze.rows import autocast as under_autocast
+from cachefreeze.rows import FillReport, StoredRows
+from cachefreeze.running import NumericMode, forward_arguments, model_device
+from cachefreeze.running import autocast as under_autocast
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts, split, split_padded
 from cachefreeze.stores import BadRow, Store
@@ -97,9 +98,7 @@ class CacheManager:
         seen = View.of(
             dataloader, forward_arguments(model), inputs=inputs, view=view, assume_deterministic=assume_deterministic
         )
-        with under_autocast(model_device(model), autocast):
-            parts = split_on(model, seen)
-        return cls(parts, store, autocast=autocast, dtype=dtype)
+        return cls(split_on(model, seen, autocast), store, autocast=autocast, dtype=dtype)
 
     def loader(
         self,
@@ -175,7 +174,7 @@ class CacheManager:
     @property
     def promoting(self) -> bool:
         """Whether rows are absent that may be made from those below."""
-        return any(isinstance(held, PromotedRows) and not held.complete for held in self._rows.values())
+        return any(isinstance(held, PromotedRows) and not held.settled for held in self._rows.values())
 
     def let_go(self) -> None:
         """Check some promoted rows against ones computed from their samples; need those below no more.
@@ -244,7 +243,7 @@ class CacheManager:
 
     def _release(self) -> None:
         """Once every row is there, nothing is kept to make them."""
-        if all(held.store.count == held.spec.rows for held in self._rows.values()):
+        if all(held.settled for held in self._rows.values()):
             self._prefix.release()
 
     def drop(self) -> None:
@@ -270,12 +269,23 @@ class CacheManager:
         self._rows.clear()
 
 
-def split_on(model: nn.Module, view: View) -> Parts:
-    """Split a frozen model on some of the samples that are to be cached."""
+def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundary: str | None = None) -> Parts:
+    """Split a model on some of the samples that are to be cached, in the autocast state that rows are made in.
+
+    Args:
+        model: Frozen up to the boundary.
+        view: The samples.
+        autocast: Autocast dtype of the prefix; None: without.
+        boundary: To split at, of samples of one size; None: the first trainable block.
+    """
     device = model_device(model)
     if view.ragged is None:
-        return split(model, view.example().to(device))
-    return split_padded(model, view.padded_batches(device), view.layout.input_names)
+        example = view.example().to(device)
+        with under_autocast(device, autocast):
+            return split(model, example, boundary)
+    batches = view.padded_batches(device)
+    with under_autocast(device, autocast):
+        return split_padded(model, batches, view.layout.input_names)
 
 
 def next_name(taken: Iterable[str]) -> str:

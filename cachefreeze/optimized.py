@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from cachefreeze.errors import UsageError
+from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.inference import Form, InferenceCopy, Optimized, relative_error
 from cachefreeze.isolation import preserved_random_state
-from cachefreeze.loader import NumericMode
 from cachefreeze.portions import Portions
 from cachefreeze.reporting import prefix_line
-from cachefreeze.rows import FrozenPrefix
+from cachefreeze.running import NumericMode
 from cachefreeze.splitting import Parts
 from cachefreeze.tracing import Example
 

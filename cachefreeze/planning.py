@@ -23,7 +23,7 @@ from cachefreeze.loader import check_loader
 from cachefreeze.measuring import Measurement, Training, measure, measured_tier
 from cachefreeze.measuring.steps import Optimizers
 from cachefreeze.reporting import short_bytes
-from cachefreeze.rows import forward_arguments, model_device
+from cachefreeze.running import forward_arguments, model_device
 from cachefreeze.samples import View
 from cachefreeze.splitting import blocks, split
 from cachefreeze.stores.memory import free_device_bytes, free_host_bytes

@@ -2,78 +2,20 @@
 
 One thread gathers the next batch's rows into pinned memory, which torch takes up again once the copy out of it has run,
 and queues the copy on a stream of its own. The step's stream waits for the copy, the processor for neither.
-
-A look ahead must not show: what it pulls from the batch sampler early may draw from no random state that anybody else
-sees. That holds for the orders that :func:`foreseen` knows, and for all others nothing is pulled early.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
-from math import inf
 from types import TracebackType
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-)
-
-from cachefreeze.sampling import BlockShuffleSampler
 
 Values = dict[str, Tensor]
 Indices = Sequence[int]
-
-# With their first sample these have drawn all that they draw. Subclasses may do anything, so they are not among them.
-_DRAWN_AT_FIRST = (SequentialSampler, SubsetRandomSampler, DistributedSampler, BlockShuffleSampler)
-
-
-def foreseen(batch_sampler: object) -> float:
-    """How many of a pass's batches may be pulled one batch early without a difference in what is drawn, and when.
-
-    Source: torch.utils.data.sampler: ``RandomSampler`` draws every permutation when it comes to it, and one more after
-    the last, from a generator of its own unless it was given the user's.
-    """
-    if type(batch_sampler) is not BatchSampler:
-        return 0
-    sampler: Any = batch_sampler.sampler
-    if type(sampler) in _DRAWN_AT_FIRST:
-        return inf
-    if type(sampler) is not RandomSampler or sampler.replacement:
-        return 0
-    if sampler.generator is None:
-        return inf
-    return min(len(sampler.data_source), sampler.num_samples) // batch_sampler.batch_size
-
-
-def with_following(pulled: Iterator[Indices], early: float) -> Iterator[tuple[Indices, Indices | None]]:
-    """Each of a pass's batches, and the one after it; None after the last, and in place of what must not be pulled yet.
-
-    Args:
-        pulled: From the batch sampler.
-        early: How many of the batches may be pulled early.
-    """
-    rows = next(pulled, None)
-    for number in count(2):
-        if rows is None:
-            return
-        following, error = None, None
-        if number <= early:
-            try:
-                following = next(pulled, None)
-            except Exception as raised:  # it belongs to the batch that is asked for next
-                error = raised
-        yield rows, following
-        if error is not None:
-            raise error
-        rows = following if number <= early else next(pulled, None)
 
 
 class Lane(Protocol):

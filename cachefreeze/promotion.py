@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError
 from cachefreeze.formats import UniformRows
+from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.loader import Computed, PassCounts
-from cachefreeze.rows import FillReport, FrozenPrefix, StoredRows, autocast, index_of
+from cachefreeze.rows import FillReport, StoredRows, index_of
+from cachefreeze.running import autocast
 from cachefreeze.samples import View
 from cachefreeze.splitting.boundary import as_tuple
 from cachefreeze.stores import Store
@@ -45,11 +47,6 @@ class PromotedRows(StoredRows):
         self._below: StoredRows | None = below
         self._segment = segment
         super().__init__(prefix, name, view, where, version)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every row is there, so that those below are needed no more."""
-        return self.store.count == self.spec.rows
 
     def let_go(self) -> None:
         """Need the rows below no more; those that are absent here are made from the samples."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,23 +15,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError, LoaderError, StaleCacheError, UsageError
-from cachefreeze.fingerprint import difference, state_tensors, structure, tensors_digest
+from cachefreeze.fingerprint import difference
 from cachefreeze.formats import format_of, send
+from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.isolation import preserved_random_state
-from cachefreeze.loader import Computed, NumericMode, PassCounts, Rows, worker_loader
-from cachefreeze.portions import Portions
+from cachefreeze.loader import Computed, PassCounts, Rows, worker_loader
 from cachefreeze.prefetch import Lane, SideStream
 from cachefreeze.reporting import caching_line
 from cachefreeze.revision import MADE_FROM, Revision, input_digests
 from cachefreeze.samples import OF_ROWS, View
-from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.stores import HDF5Store, Store, StoreSpec
 from cachefreeze.stores.base import beyond
 from cachefreeze.stores.opening import Wanted, open_store
-from cachefreeze.tracing import Example
 from cachefreeze.waiting import Waiting
 from cachefreeze.watching import SampleWatch
-from cachefreeze.weights import WeightWatch
 
 # Stored rows that are recomputed and compared whenever an existing store is opened.
 _RECOMPUTED_ROWS = 4
@@ -47,93 +43,6 @@ class FillReport:
     rows: int
     computed_rows: int
     nbytes: int
-
-
-class FrozenPrefix:
-    """The prefix of a split as rows are made with it: its numeric mode, its device, and proof that it did not change.
-
-    Attributes:
-        parts: The split.
-        mode: The autocast state in which it runs, whatever the ambient one is.
-        dtype: In which rows are kept, as the user said it.
-        device: Of the model.
-        rows_ahead: Rows that were absent from the stores when these were opened.
-        tolerance: How far rows may be from what the model computes, relative to a sample's largest magnitude.
-    """
-
-    tolerance = 0.0
-
-    def __init__(self, parts: Parts, mode: NumericMode, dtype: str | torch.dtype | None) -> None:
-        self.parts = parts
-        self.mode = mode
-        self.dtype = dtype
-        self.device = model_device(parts.model)
-        self.rows_ahead = 0
-        self._portions = Portions()
-        self._digest = self._weights()
-        self._watch = WeightWatch(parts.prefix)
-
-    def run(self, example: Example, count: int) -> list[Tensor]:
-        """Activations of the first ``count`` samples, one tensor per boundary tensor, as rows are made of them."""
-        return self.exact(example, count)
-
-    def exact(self, example: Example, count: int) -> list[Tensor]:
-        """The same as the model computes them."""
-        return self._run(self.parts.prefix, example, count, self._portions)
-
-    def facts(self) -> dict[str, Any]:
-        """How rows are made, for reports."""
-        return {"choice": "exact"}
-
-    def release(self) -> None:
-        """Give back what is kept only to make rows: all are there."""
-
-    def _run(self, prefix: Callable[..., Any], example: Example, count: int, portions: Portions) -> list[Tensor]:
-        with torch.no_grad(), autocast(self.device, self.mode.autocast):
-            return portions.run(prefix, example.to(self.device), count, self.parts.boundary.tensors)
-
-    def check(self) -> None:
-        """Raise if rows made earlier would be stale."""
-        boundary = self.parts.boundary.name
-        if self._watch.trainable():
-            thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
-            raise StaleCacheError(
-                f"{thawed[0].removeprefix('graph.')} before the boundary {boundary!r} is trainable again, so its "
-                "cached rows would be stale. Freeze it, or make a new Engine"
-            )
-        self.parts.follow()
-        if not self._watch.changed():
-            return
-        # tensors that were moved (to another memory format, say) have another place, and maybe still their values
-        if self._weights() != self._digest:
-            raise StaleCacheError(
-                f"weights or buffers before the boundary {boundary!r} changed since the cache was opened, so its rows "
-                "are stale. Load weights before making the Engine; frozen parts must not move"
-            )
-        self._watch = WeightWatch(self.parts.prefix)
-
-    def identity(self) -> dict[str, str]:
-        """Fingerprint fields of the prefix and of how it computes."""
-        tensors = [
-            f"{_own_shape(t)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
-            for t in self.parts.boundary.tensors
-        ]
-        matmul = torch.get_float32_matmul_precision()
-        if self.device.type == "cuda":
-            matmul += f", tf32 {torch.backends.cudnn.allow_tf32}"
-        return {
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "autocast": str(self.mode.autocast),
-            "matmul": matmul,
-            "boundary": f"{self.parts.boundary.name}: {'; '.join(tensors)}",
-            "weights": self._digest,
-            "structure": structure(self.parts.prefix),
-            "prefix": "exact",
-        }
-
-    def _weights(self) -> str:
-        return tensors_digest(state_tensors(self.parts.prefix))
 
 
 class StoredRows:
@@ -216,8 +125,7 @@ class StoredRows:
             return
         variant = turns.at(epoch)
         for batch in batches:
-            samples = index_of(batch)
-            _check_beyond(samples.tolist(), turns.samples)
+            samples = _index_within(batch, turns.samples)
             yield (samples + turns.samples * variant[samples]).tolist()
 
     def absent(self, rows: Sequence[int]) -> list[int]:
@@ -251,7 +159,11 @@ class StoredRows:
 
     def make(self, rows: Sequence[int], how: Callable[[], Computed]) -> Computed:
         """Make ``rows`` and write those that no other process has or is about to write."""
-        return self._make_mine(rows, self._claim(rows), how)
+        mine = self._claim(rows)
+        with self._given_up_on_error(index_of(rows)[mine]):
+            computed = how()
+            self._write(mine, computed)
+        return computed
 
     def lane(self) -> Lane | None:
         """How rows that are read ahead get to the device; None where nothing is to be sent there."""
@@ -296,10 +208,9 @@ class StoredRows:
 
     def progress(self) -> str:
         """``caching layer4: 12.3k/50k rows, 2.1/8.4 GB``; empty once the store is full."""
-        done = self.store.count
-        if done == self.spec.rows:
+        if self.settled:
             return ""
-        return caching_line(self.prefix.parts.boundary.name, done, self.spec.rows, self.spec.nbytes)
+        return caching_line(self.prefix.parts.boundary.name, self.store.count, self.spec.rows, self.spec.nbytes)
 
     # --- filling ---
 
@@ -379,28 +290,14 @@ class StoredRows:
     # --- inside ---
 
     def _asked(self, rows: Sequence[int]) -> Tensor:
-        """(n,) int64 indices of samples.
-
-        Raises:
-            LoaderError: They are none.
-        """
-        index = index_of(rows)
-        if len(index) and beyond(index, self.spec.rows):
-            _check_beyond(index.tolist(), self.spec.rows)
-        return index
+        """(n,) int64 indices of rows; LoaderError where they are none."""
+        return _index_within(rows, self.spec.rows)
 
     def _claim(self, rows: Sequence[int]) -> Tensor:
         """(n,) bool: which of ``rows`` are for this process to write."""
         if not self.store.writable:
             return torch.zeros(len(rows), dtype=torch.bool)
         return self.store.claim(index_of(rows))
-
-    def _make_mine(self, rows: Sequence[int], mine: Tensor, how: Callable[[], Computed]) -> Computed:
-        """Make ``rows`` and write those that are ``mine``, which are given up if that fails."""
-        with self._given_up_on_error(index_of(rows)[mine]):
-            computed = how()
-            self._write(mine, computed)
-        return computed
 
     @contextmanager
     def _given_up_on_error(self, index: Tensor) -> Iterator[None]:
@@ -447,7 +344,7 @@ class StoredRows:
 
     def _gather(self, index: Tensor, computed: Sequence[Computed]) -> dict[str, Tensor]:
         """Rows from the store; those that it does not keep from where they were computed."""
-        if self.store.full or bool(self.store.present(index).all()):
+        if self.settled or bool(self.store.present(index).all()):
             return self._read(index)
         place = {row: (part, i) for part in computed for i, row in enumerate(part.rows)}
         wanted = index.tolist()
@@ -530,35 +427,17 @@ def index_of(rows: Sequence[int]) -> Tensor:
         ) from error
 
 
-def _check_beyond(asked: Sequence[int], samples: int) -> None:
-    beyond = [index for index in asked if not 0 <= index < samples]
-    if beyond:
+def _index_within(asked: Sequence[int], samples: int) -> Tensor:
+    """(n,) int64: what a sampler asks for of a dataset.
+
+    Raises:
+        LoaderError: They are no indices, or beyond the dataset.
+    """
+    index = index_of(asked)
+    if len(index) and beyond(index, samples):
+        wrong = next(one for one in index.tolist() if not 0 <= one < samples)
         raise LoaderError(
-            f"the sampler asked for sample {beyond[0]} of a dataset of {samples}: expected 0 to {samples - 1}, since a "
+            f"the sampler asked for sample {wrong} of a dataset of {samples}: expected 0 to {samples - 1}, since a "
             "row belongs to one index; correct the sampler, or make the loader after the dataset has grown"
         )
-
-
-def _own_shape(tensor: BoundaryTensor) -> tuple[int | str, ...]:
-    """A sample's shape, without the padded length of the batch that happened to be split with."""
-    sizes: list[int | str] = list(tensor.shape)
-    for dim, _, _ in tensor.follows:
-        sizes[dim - (dim > tensor.batch_dim)] = "*"
-    return tuple(sizes)
-
-
-def model_device(model: torch.nn.Module) -> torch.device:
-    """The device of a model's parameters."""
-    first = next(model.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-def forward_arguments(model: torch.nn.Module) -> list[str]:
-    """Names of the arguments of a model's forward; ``*args`` and ``**kwargs`` name none."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to ``dtype``, or none at all, whatever the ambient state is."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+    return index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from cachefreeze.engine import Engine
 from cachefreeze.errors import CheckpointError, UsageError
 from cachefreeze.loader import CachedLoader, PassingLoader, Rows, StagedLoader
 from cachefreeze.reporting import EpochReport, Report, versions
-from cachefreeze.rows import model_device
+from cachefreeze.running import model_device
 
 Loader = CachedLoader | PassingLoader | StagedLoader
 LossFunction = Callable[..., Tensor]
@@ -137,8 +138,7 @@ class Trainer:
         train_sums = self._pass(train, f"epoch {epoch}", self._step)
         train_loss = train_sums.mean_loss()  # waits for the device: the pass is over when its work is
         seconds = time.perf_counter() - began
-        counts = train.counts
-        rows = (counts.cached, counts.computed, counts.repaired, counts.promoted, counts.rewritten)
+        counts = train.counts  # of this pass: the next one, also over the same loader, has its own
         val_loss = val_accuracy = val_seconds = val_source = None
         if val is not None:
             self.engine.model.eval()
@@ -158,11 +158,11 @@ class Trainer:
             train_loss=train_loss,
             val_loss=val_loss,
             val_accuracy=val_accuracy,
-            rows_cached=rows[0],
-            rows_computed=rows[1],
-            rows_repaired=rows[2],
-            rows_promoted=rows[3],
-            rows_rewritten=rows[4],
+            rows_cached=counts.cached,
+            rows_computed=counts.computed,
+            rows_repaired=counts.repaired,
+            rows_promoted=counts.promoted,
+            rows_rewritten=counts.rewritten,
             lr=lr,
         )
 
@@ -255,9 +255,12 @@ def _length(batch: Any) -> int:
 
 def with_progress(loader: Loader, what: str, *, show: bool) -> Iterator[Any]:
     """Iterate a loader behind a progress bar on stderr; no bar when not asked for, or not on a terminal."""
-    bar: Any = tqdm(loader, total=len(loader), desc=what, leave=False, disable=None if show else True)
+    if not (show and sys.stderr.isatty()):  # a hidden bar takes tqdm's lock too, which forked children share
+        yield from loader
+        return
+    bar = tqdm(loader, total=len(loader), desc=what, leave=False)
     for batch in bar:
         following = loader.inner if isinstance(loader, StagedLoader) else loader
-        if not bar.disable and isinstance(following, CachedLoader):
+        if isinstance(following, CachedLoader):
             bar.set_description_str(f"{what} {following.rows.progress()}".rstrip(), refresh=False)
         yield batch

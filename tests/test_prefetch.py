@@ -11,7 +11,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 
 import cachefreeze as cf
 from cachefreeze.errors import CorruptRowError, LoaderError
-from cachefreeze.prefetch import ReadAhead, foreseen, with_following
+from cachefreeze.order import foreseen, with_following
+from cachefreeze.prefetch import ReadAhead
 from cachefreeze.rows import StoredRows
 
 

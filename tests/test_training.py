@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import cachefreeze as cf
 from cachefreeze.checkpoints import save_model
@@ -202,3 +205,25 @@ def test_the_library_prints_nothing(capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert err == ""
+
+
+class Stream(io.StringIO):
+    """Stderr, on a terminal or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize(("wanted", "terminal"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_bar_that_is_not_shown_takes_no_lock_of_the_bars(wanted, terminal, monkeypatch):
+    """That lock is shared with forked children: one that is killed with it would stop the training here for ever."""
+    engine, optimizer, train, _ = make("host")
+    stream, taken, held = Stream(terminal), [], tqdm.get_lock()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(tqdm, "get_lock", classmethod(lambda cls: taken.append(cls) or held))
+    cf.Trainer(engine, functional.cross_entropy, optimizer, progress=wanted).fit(train, epochs=1)
+    engine.close()
+    shown = wanted and terminal
+    assert bool(taken) == shown
+    assert ("epoch 0: " in stream.getvalue()) == shown

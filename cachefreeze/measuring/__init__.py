@@ -18,7 +18,7 @@ from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
 from cachefreeze.measuring.steps import Optimizers, training_steps
 from cachefreeze.moves import Costs
 from cachefreeze.ragged import evenly
-from cachefreeze.rows import autocast, model_device
+from cachefreeze.running import autocast, model_device
 from cachefreeze.samples import View
 from cachefreeze.tracing import Usage, record_usage
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 from cachefreeze.engine import Engine
-from cachefreeze.rows import model_device
+from cachefreeze.running import model_device
 from cachefreeze.splitting import Parts, split
 from cachefreeze.splitting.boundary import as_tuple
 
