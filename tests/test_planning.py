@@ -111,6 +111,7 @@ def test_planning_leaves_no_trace(train_from):
     assert not fired, "an optimizer that steps in the backward would have stepped"
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_a_step_from_each_block_on_is_its_forward_and_backward():
     """One instrumented pass gives the steps from all blocks on: those of a loop that trains from there."""
     model, loader = slow_model(), batches()
@@ -121,11 +122,12 @@ def test_a_step_from_each_block_on_is_its_forward_and_backward():
     for at in range(3):
         expected = sum(FORWARD[at:]) + sum(BACKWARD[at:])
         assert expected <= found.steps[at] + 1e-3
-        assert found.steps[at] < 3 * expected + 0.1, "sleeps last longer on a busy machine"
+        assert found.steps[at] < expected + 2e-3
     assert found.steps[3] < found.steps[2] - sum(BACKWARD[2:]), "nothing of the blocks before it"
     assert 4 * found.forward[1] == pytest.approx(FORWARD[1], rel=0.5)
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_the_table_is_the_arithmetic_of_its_measurement():
     model, loader = slow_model(), batches(samples=40)
     plan = cf.plan(model, loader, epochs=5)
