@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from scipy.stats import t as student_t  # comes with scikit-learn
 
 from cachefreeze.machine import synchronize
 from cachefreeze.timings.rounds import in_turn
 
 Config = TypeVar("Config")
-# Student's t, two-sided 95 %, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def config_parser(description: str | None, kind: type[Any]) -> argparse.ArgumentParser:
@@ -74,7 +73,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and half the width of its 95 % interval over seeds (Student's t); None for a single one."""
     half = None
     if len(values) > 1:
-        half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+        half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": statistics.mean(values), "half_width": half}
 
 

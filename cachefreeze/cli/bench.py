@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from cachefreeze.cli import job, plot
 from cachefreeze.cli.data import load_data
-from cachefreeze.errors import UsageError
 from cachefreeze.timings import Job, evenly, measure, steps, table
 
 _SAMPLES = 512
@@ -61,10 +60,8 @@ def job_of(args: argparse.Namespace) -> Job:
     Raises:
         UsageError: They do not fit together, or name what is not there.
     """
+    job.check_file("--plot", args.plot)
     if args.plot is not None:
-        if args.plot.is_dir():
-            raise UsageError(f"--plot {args.plot} is a folder; name a file")
-        job.make_folder(args.plot.parent)
         plot.check()  # before the minutes that measuring takes
     device = job.device_of(args.device)
     if args.cache_dir is not None:

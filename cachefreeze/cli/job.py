@@ -212,6 +212,15 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"the folder {path} is not writable; choose another one")
 
 
+def check_file(option: str, path: Path | None) -> None:
+    """Refuse a place where no file can be written, before the work whose result it is for; make its folder."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file")
+    make_folder(path.parent)
+
+
 def device_of(name: str | None) -> torch.device:
     """The device of a name; None for the best there is."""
     if name is None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from cachefreeze._started import STARTED
 from cachefreeze.cli import job, schedules
-from cachefreeze.errors import UsageError
 from cachefreeze.reporting import Report, prefix_line, short_bytes, table_header, table_row
 from cachefreeze.training import Trainer
 
@@ -35,10 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, print a line per epoch, write checkpoints and the report."""
-    if args.report is not None:
-        if args.report.is_dir():
-            raise UsageError(f"--report {args.report} is a folder; name a file")
-        job.make_folder(args.report.parent)
+    job.check_file("--report", args.report)
     made = job.make_job(args)
     engine = made.engine
     try:
