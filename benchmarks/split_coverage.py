@@ -31,7 +31,6 @@ from covering.run import PLACES, package_digest, run_case
 from cachefreeze.machine import load_average, made_on
 
 SCHEMA = 1
-_MEMORY_BYTES = 6 << 30
 _SMOKE = {
     "transformers": ("bert", "gpt2", "vit-mae"), "masks": (), "timm": ("vision_transformer",),
     "torchvision": ("squeezenet1_1",),
@@ -40,11 +39,11 @@ _SMOKE = {
 STATUSES = ("n/a", "ok", "refused", "work", "state", "crash", "silent")
 
 
-def in_process(case: Case, places: tuple[str, ...], timeout_seconds: float) -> dict[str, Any]:
+def in_process(case: Case, places: tuple[str, ...], timeout_seconds: float, memory_bytes: int) -> dict[str, Any]:
     """Run one model in a process of its own: neither a crash nor a hang nor its memory reaches the others."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(case, places, sender))
+    process = context.Process(target=_child, args=(case, places, memory_bytes, sender))
     process.start()
     sender.close()
     found: dict[str, Any] | None = None
@@ -65,8 +64,8 @@ def in_process(case: Case, places: tuple[str, ...], timeout_seconds: float) -> d
     return {"library": case.library, "name": case.name, "note": case.note, "package": package_digest(), "cuts": [cut]}
 
 
-def _child(case: Case, places: tuple[str, ...], sender: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
+def _child(case: Case, places: tuple[str, ...], memory_bytes: int, sender: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     torch.set_num_threads(1)
     sender.send(run_case(case, places))
@@ -138,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cuts", metavar="PLACES", default=",".join(PLACES), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time, one thread each")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for one model")
+    parser.add_argument("--memory", type=float, default=6, metavar="GIB", help="for one model (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="five models, in seconds")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--resume", type=Path, metavar="FILE.jsonl", help="append each model here, skip those found")
@@ -156,9 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = [done[key] for case in cases if (key := (case.library, case.name)) in done]
     left = [case for case in cases if (case.library, case.name) not in done]
     missing = len(left) if options.report else 0
+    memory_bytes = int(options.memory * 2**30)
     left = [] if options.report else left
     with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(in_process, case, places, options.timeout) for case in left]):
+        for future in as_completed([pool.submit(in_process, case, places, options.timeout, memory_bytes) for case in left]):
             row = future.result()
             rows.append(row)
             report(row)

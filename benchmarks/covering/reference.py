@@ -20,7 +20,14 @@ _SEEDS = 8  # steps that are tried for random control flow
 
 
 def settle(case: Case, model: nn.Module) -> None:
-    """One batch sets the statistics of batch norms: with those of a new model, a deep one outputs its last bias."""
+    """Make the outputs of a new model depend on its inputs.
+
+    Layers whose weights start as zeros, as some heads do, draw random ones. One batch sets the statistics of batch
+    norms: with those of a new model, a deep one outputs its last bias.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and not layer.weight.any():
+            layer.reset_parameters()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return

@@ -97,8 +97,8 @@ def _beyond_rounding(found: dict[str, Any], case: Case, model: nn.Module, inputs
     try:
         recorded = [record(copy.deepcopy(doubled), draw(exact, count, 2), call) for count in (2, 3)]
         again = _one(exact, doubled, _double(inputs), found["place"], found["boundary"], *recorded)
-    except Exception:  # a model that makes float32 tensors of its own says nothing
-        return found
+    except Exception as error:  # a model that makes float32 tensors of its own, or no memory: it says nothing
+        return {**found, "reason": f"{found['reason']}; in float64: {_short(error)}"}
     if again["status"] != "ok":
         return found
     return {**again, "reason": f"float32: {found['status']}: {found['reason']}", "float64": True}

@@ -45,8 +45,6 @@ def _classifier(name: str) -> nn.Module:
     made = models.get_model(name, weights=None, **settings)
     if name.startswith(("alexnet", "vgg")):
         _narrow(made.classifier)
-    if name.startswith("vit_"):
-        made.heads.head.reset_parameters()  # zeros in a new one, whatever the input
     return made
 
 
