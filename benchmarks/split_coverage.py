@@ -159,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     memory_bytes = int(options.memory * 2**30)
     left = [] if options.report else left
     with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(in_process, case, places, options.timeout, memory_bytes) for case in left]):
+        for future in as_completed(
+            [pool.submit(in_process, case, places, options.timeout, memory_bytes) for case in left]
+        ):
             row = future.result()
             rows.append(row)
             report(row)

@@ -122,7 +122,7 @@ class Revision:
         Raises:
             StoreError: It cannot be read.
         """
-        deadline = time.monotonic() + _ALONE_SECONDS
+        deadline: float | None = None  # of waiting for others, not of comparing samples
         while True:
             with closing(HDF5Store.open(path, writable=False)) as store:
                 plan = self._plan(store, compare=not same)
@@ -135,7 +135,8 @@ class Revision:
                 with closing(HDF5Store.open(path, alone=True)) as store:
                     return self._revise(store)
             except StoreError as error:
-                if time.monotonic() > deadline:
+                deadline = deadline or time.monotonic() + _ALONE_SECONDS
+                if time.monotonic() >= deadline:
                     _LOG.warning("%s is not brought up to date: %s", path.name, error)
                     return False
             time.sleep(_LOOK_SECONDS)

@@ -37,7 +37,7 @@ from cachefreeze.stores.creation import lock_path, sweep
 from cachefreeze.stores.file import open_regular, read_layout
 from cachefreeze.stores.hdf5 import HDF5Store, read_header
 from cachefreeze.stores.header import encode
-from cachefreeze.stores.layout import HEADER_BYTES, metadata_sha256
+from cachefreeze.stores.layout import CREATED_MAX, HEADER_BYTES, metadata_sha256
 from cachefreeze.stores.locks import FileLock
 from cachefreeze.stores.sparse import SparseFile
 from cachefreeze.stores.system import System, system
@@ -468,6 +468,18 @@ class TestDamage:
         with pytest.raises(CorruptStoreError, match="too few"):
             HDF5Store.open(path)
 
+    def test_cut_while_it_is_opened(self, path, monkeypatch):
+        """A file that becomes shorter between the check of its header and its mapping is an error of the store."""
+        layout = fill(path)
+
+        def cut(io, fd, file_bytes):
+            os.truncate(path, layout.file_bytes // 2)
+            return source.open_source(io, fd, file_bytes)
+
+        monkeypatch.setattr(hdf5, "open_source", cut)
+        with pytest.raises(StoreError, match="shorter"):
+            HDF5Store.open(path, io="mmap")
+
     def test_bool_bytes(self, path):
         """A bool of byte 2, which torch does not define, is handed out as a plain True."""
         store = create(path, one_field((3,), torch.bool))
@@ -592,6 +604,29 @@ class TestCreation:
         with pytest.raises(StoreError, match="exists"):
             create(path)
         store.write(EVERY, values(store.spec, EVERY))
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
+
+    def test_folder_behind_a_link(self, tmp_path):
+        """A cache folder may be a symbolic link, as scratch folders are; by either name the rows have one lock."""
+        (tmp_path / "scratch").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "scratch")
+        store = create(tmp_path / "link" / "rows.h5")
+        other = HDF5Store.open(tmp_path / "scratch" / "rows.h5")
+        assert store.claim(EVERY).all()
+        assert not other.claim(EVERY).any()
+        store.write(EVERY, values(store.spec, EVERY))
+        store.close()
+        other.close()
+        other = HDF5Store.open(tmp_path / "scratch" / "rows.h5", writable=False)
+        assert_same(other.read(EVERY), values(store.spec, EVERY))
+
+    @pytest.mark.parametrize("now", [-5.0, 3e11])
+    def test_clock(self, path, monkeypatch, now):
+        """A clock before 1970 or after the year 9999 makes a file that opens."""
+        monkeypatch.setattr(time, "time", lambda: now)
+        layout = fill(path)
+        assert layout.created == min(max(now, 0), CREATED_MAX)
+        store = HDF5Store.open(path)
         assert_same(store.read(EVERY), values(store.spec, EVERY))
 
     def test_lost_race(self, path, monkeypatch):

@@ -122,7 +122,7 @@ def _temporary(folder: Path) -> FileLock:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = system.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = system.open(folder.resolve(), os.O_RDONLY | os.O_DIRECTORY)  # the folder itself may be a link
     try:
         system.fsync(fd)
     finally:

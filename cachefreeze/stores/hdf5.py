@@ -42,8 +42,8 @@ __all__ = ["SYNC_BYTES", "HDF5Store", "Header", "Verify", "read_header"]
 
 Verify = Literal["first", "always", "never"]
 
-# Of rows that are copied before they are digested: a part of a core's second-level cache.
-_CHECKED_BYTES = 256 << 10
+# Of rows that are copied before they are digested: what stays in a core's caches until then.
+_CHECKED_BYTES = 1 << 20
 
 SYNC_BYTES = 256 << 20  # written bytes between two fdatasync: bounds what a power cut costs, and the stall at commit()
 

@@ -30,6 +30,7 @@ from cachefreeze.stores.base import FieldSpec, StoreSpec
 from cachefreeze.stores.layout import (
     ALIGNMENT_BYTES,
     COMMIT,
+    CREATED_MAX,
     DIMENSIONS_MAX,
     DTYPE_NAMES,
     DTYPES,
@@ -57,7 +58,6 @@ _JSON_MAX_BYTES = _CRC_OFFSET - _PREFIX.size
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIZE_MAX = 2**63 - 1  # off_t
-_CREATED_MAX = 253_402_300_799  # the last second of year 9999, where datetime ends
 _METADATA_MAX_BYTES = 8 << 20  # HDF5 needs some 10 KiB a dataset; a hostile file must not make us hash all of it
 
 _KEYS = frozenset(
@@ -151,7 +151,7 @@ def _decode(block: bytes, file_bytes: int, read: Read) -> Layout:
     _require(type(digest) is str and _SHA256.fullmatch(digest) is not None, "metadata_sha256 is no SHA-256")
     for key in ("fingerprint", "attributes"):
         _require(are_strings(tree[key]), f"{key} does not map strings to strings")
-    created = _integer(tree["created"], "created", 0, _CREATED_MAX)
+    created = _integer(tree["created"], "created", 0, CREATED_MAX)
     commit_offset = _integer(tree["commit_offset"], "commit_offset", HEADER_BYTES, _SIZE_MAX)
     claimed_bytes = _integer(tree["file_bytes"], "file_bytes", HEADER_BYTES, _SIZE_MAX)
     _require(

@@ -14,6 +14,7 @@ from cachefreeze.stores.base import StoreSpec
 from cachefreeze.stores.layout import (
     ALIGNMENT_BYTES,
     COMMIT,
+    CREATED_MAX,
     DTYPE_NAMES,
     HEADER_BYTES,
     LENGTHS,
@@ -77,7 +78,7 @@ def lay_out(
         metadata_sha256=metadata_sha256(spans, memory.at),
         fingerprint=fingerprint,
         attributes=attributes,
-        created=int(time.time()),
+        created=min(max(int(time.time()), 0), CREATED_MAX),  # whatever the clock says
     )
     return layout, [(offset, memory.at(offset, size)) for offset, size in spans]
 

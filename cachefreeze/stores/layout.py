@@ -38,6 +38,7 @@ ROWS_MAX = 2**32 - 2  # index + 1 is a u32
 LENGTH_MAX = 2**32 - 1
 DIMENSIONS_MAX = 31  # HDF5 allows 32, and the rows are one of them
 FIELDS_MAX = 256
+CREATED_MAX = 253_402_300_799  # the last second of year 9999, where datetime ends
 
 _CHUNK_BYTES = 1 << 20
 

@@ -53,7 +53,10 @@ class Mapped(Source):
     """All of the file in the address space."""
 
     def __init__(self, fd: int, file_bytes: int) -> None:
-        self._mapping = mmap.mmap(fd, file_bytes, access=mmap.ACCESS_READ)
+        try:
+            self._mapping = mmap.mmap(fd, file_bytes, access=mmap.ACCESS_READ)
+        except ValueError as error:  # as if the caller had asked for too much
+            raise OSError(errno.EIO, "the file has become shorter meanwhile") from error
         self._bytes: NDArray[Any] = np.frombuffer(self._mapping, np.uint8)
         self._tables: dict[tuple[int, int], NDArray[Any]] = {}
 
