@@ -17,8 +17,8 @@ _MAXVIT: dict[str, Any] = {
     "input_size": (64, 64), "stem_channels": 16, "partition_size": 2, "block_channels": [16, 32],
     "block_layers": [1, 2], "head_dim": 8, "stochastic_depth_prob": 0.1,
 }  # fmt: skip
-# Billions of parameters in one layer stack; the same code as their smaller siblings, which are here.
 _NARROW = 128
+# Billions of parameters in one layer stack; the same code as their smaller siblings, which are here.
 _HUGE = frozenset({"vit_h_14", "regnet_y_128gf", "vit_l_16", "vit_l_32", "regnet_y_32gf", "regnet_x_32gf"})
 
 
@@ -59,7 +59,8 @@ def _narrow(classifier: nn.Sequential) -> None:
 def _segmenter(name: str) -> nn.Module:
     from torchvision import models
 
-    return models.get_model(name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
+    auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
+    return models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **auxiliary)
 
 
 def _video(name: str) -> nn.Module:
