@@ -13,6 +13,7 @@ from covering.case import Case
 
 # builders whose weights fix the input, or that pool below one pixel at the size of the others
 _SIZES = {"inception_v3": 96, "googlenet": 64, "alexnet": 80, "squeezenet1_0": 64, "squeezenet1_1": 64}
+_CLIPS = {"mvit": (16, 224), "s3d": (16, 224), "swin": (16, 64)}  # frames and sides; what they insist on
 _MAXVIT: dict[str, Any] = {
     "input_size": (64, 64), "stem_channels": 16, "partition_size": 2, "block_channels": [16, 32],
     "block_layers": [1, 2], "head_dim": 8, "stochastic_depth_prob": 0.1,
@@ -80,6 +81,5 @@ def cases() -> Iterator[Case]:
     for name in models.list_models(module=models.segmentation):
         yield Case("torchvision", f"segmentation.{name}", partial(_segmenter, name), partial(_images, 64))
     for name in models.list_models(module=models.video):
-        transformer = name.startswith(("mvit", "s3d", "swin"))
-        frames, size = ((16, 224) if name.startswith("mvit") else (16, 64)) if transformer else (4, 32)
+        frames, size = next((clip for start, clip in _CLIPS.items() if name.startswith(start)), (4, 32))
         yield Case("torchvision", f"video.{name}", partial(_video, name), partial(_clips, frames, size))
