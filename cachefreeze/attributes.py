@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import pickle
 import random
@@ -91,14 +90,16 @@ class _Holding:
     """A list, dict or set, and what it held."""
 
     def __init__(self, container: Any) -> None:
-        self._now, self._before = container, copy.copy(container)
+        self._now = container
+        # plain ones: a module has ten ordered dicts of hooks, nearly all of them empty
+        self._before = (dict if isinstance(container, dict) else list)(container)
 
     def changed(self) -> bool:
         return not _same_items(self._now, self._before)
 
     def restore(self) -> None:
         self._now.clear()
-        (self._now.extend if isinstance(self._before, list | deque) else self._now.update)(self._before)
+        (self._now.extend if isinstance(self._now, list | deque) else self._now.update)(self._before)
 
 
 class _Drawing:
@@ -127,11 +128,11 @@ def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
     """Every container and generator in a value; of an object, the dict of its attributes."""
     if not depth or value is None or isinstance(value, _PLAIN) or id(value) in seen:
         return
-    if isinstance(value, GENERATORS):
-        seen.add(id(value))
-        yield _Drawing(value)
-        return
     if not isinstance(value, list | dict | set | deque | tuple):
+        if isinstance(value, GENERATORS):
+            seen.add(id(value))
+            yield _Drawing(value)
+            return
         value = None if isinstance(value, _NOT_LOOKED_INTO) else getattr(value, "__dict__", None)
         if not isinstance(value, dict):
             return
@@ -150,6 +151,6 @@ def _same_items(now: Any, before: Any) -> bool:
         return False
     if isinstance(before, dict):
         return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
-    if isinstance(before, set):
+    if isinstance(now, set):
         return {id(item) for item in now} == {id(item) for item in before}
     return all(a is b for a, b in zip(now, before, strict=True))
