@@ -312,6 +312,11 @@ def test_ceiling(tmp_path):
     assert case["cut"] == "classifier"
     for tier in ("host", "hdf5"):
         assert case[tier]["least"] <= case[tier]["to_ceiling"] <= case[tier]["most"]
+    other = {**case, "cut": "features.16"}
+    (tmp_path / "results" / "found.json").write_text(json.dumps({**found, "cases": [other]}))
+    again, _ = smoke("ceiling.py", tmp_path)
+    assert other in again["cases"]
+    assert {one["cut"] for one in again["cases"]} == {"classifier", "features.16"}
 
 
 @pytest.mark.slow

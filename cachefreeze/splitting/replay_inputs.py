@@ -109,5 +109,4 @@ def poisoned(
     """What stands for a value that is not kept, with the batch of the rows."""
     if spec is not None:
         shape = sizes_at(spec, current.batch, current.input_shapes)
-    made: Tensor = current.poison(shape, dtype, current.rows[0].device, written)
-    return made
+    return current.poison(shape, dtype, current.rows[0].device, written)

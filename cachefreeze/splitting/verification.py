@@ -61,7 +61,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                         "so no row is fixed; train from an earlier block"
                     )
                 compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site, some.fresh()), site)
-            _check_unwritten(cut, two, before, site)
+            _check_unwritten(two, before, site)
             _check_separable(cut, site, two)
             _check_separable(cut, site, example)
         with site.mode(train=True), torch.enable_grad():
@@ -98,7 +98,7 @@ def _differing(example: Example) -> Example:
     return pair
 
 
-def _check_unwritten(cut: Cut, some: Example, before: list[nn.Module], site: Site) -> None:
+def _check_unwritten(some: Example, before: list[nn.Module], site: Site) -> None:
     """A frozen module that writes a buffer even in eval mode makes rows depend on what was computed before."""
     names = {id(module): name for name, module in site.model.named_modules()}
     buffers = [(m, key, b, b.clone()) for m in before for key, b in m.named_buffers(recurse=False)]
