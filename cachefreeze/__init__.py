@@ -7,9 +7,9 @@ from cachefreeze.engine import Engine
 from cachefreeze.errors import CacheFreezeError
 from cachefreeze.freezing import freeze, unfreeze
 from cachefreeze.inference import Optimized
-from cachefreeze.loader import Rows
 from cachefreeze.manager import CacheManager
 from cachefreeze.planning import BoundaryPlan, Plan, plan
+from cachefreeze.row_source import Rows
 from cachefreeze.sampling import BlockShuffleSampler
 from cachefreeze.schedules import (
     AllButLast,

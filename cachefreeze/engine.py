@@ -23,9 +23,10 @@ from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
 from cachefreeze.judging import Judgement, judge, measure_boundary, tell
-from cachefreeze.loader import CachedLoader, PassingLoader, Rows, StagedLoader, check_loader
+from cachefreeze.loader import CachedLoader, PassingLoader, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, split_on
 from cachefreeze.moves import Move
+from cachefreeze.row_source import Rows
 from cachefreeze.running import NumericMode, forward_arguments, model_device
 from cachefreeze.samples import View, example_of
 from cachefreeze.schedules import Clock, Ladder, Schedule

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from cachefreeze.errors import CorruptRowError
 from cachefreeze.formats import UniformRows
 from cachefreeze.frozen_prefix import FrozenPrefix
-from cachefreeze.loader import Computed, PassCounts
+from cachefreeze.row_source import Computed, PassCounts
 from cachefreeze.rows import FillReport, StoredRows, index_of
 from cachefreeze.running import autocast
 from cachefreeze.samples import View

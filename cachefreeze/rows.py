@@ -19,10 +19,11 @@ from cachefreeze.fingerprint import difference
 from cachefreeze.formats import format_of, send
 from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.isolation import preserved_random_state
-from cachefreeze.loader import Computed, PassCounts, Rows, worker_loader
+from cachefreeze.loader import worker_loader
 from cachefreeze.prefetch import Lane, SideStream
 from cachefreeze.reporting import caching_line
 from cachefreeze.revision import MADE_FROM, Revision, input_digests
+from cachefreeze.row_source import Computed, PassCounts, Rows
 from cachefreeze.samples import OF_ROWS, View
 from cachefreeze.stores import HDF5Store, Store, StoreSpec
 from cachefreeze.stores.base import beyond

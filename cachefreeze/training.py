@@ -17,8 +17,9 @@ from tqdm import tqdm
 from cachefreeze import checkpoints
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CheckpointError, UsageError
-from cachefreeze.loader import CachedLoader, PassingLoader, Rows, StagedLoader
+from cachefreeze.loader import CachedLoader, PassingLoader, StagedLoader
 from cachefreeze.reporting import EpochReport, Report, versions
+from cachefreeze.row_source import Rows
 from cachefreeze.running import model_device
 
 Loader = CachedLoader | PassingLoader | StagedLoader

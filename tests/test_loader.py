@@ -28,7 +28,7 @@ import cachefreeze as cf
 from cachefreeze.errors import BatchDependentError, FieldError, LoaderError, UsageError
 from cachefreeze.fingerprint import digest
 from cachefreeze.isolation import RandomState
-from cachefreeze.loader import Rows
+from cachefreeze.row_source import Rows
 
 COUNT = 23
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 import cachefreeze as cf
 from cachefreeze import errors
 from cachefreeze.isolation import RandomState
-from cachefreeze.loader import Rows
+from cachefreeze.row_source import Rows
 from cachefreeze.testing.ragged import READERS, REFUSED, Case, Pad, Reader, Texts
 
 

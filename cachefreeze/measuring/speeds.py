@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import StoreError
-from cachefreeze.loader import CachedLoader, Computed, PassCounts, Rows, RowSource, move
+from cachefreeze.loader import CachedLoader, move
 from cachefreeze.measuring.forwards import wait
+from cachefreeze.row_source import Computed, PassCounts, Rows, RowSource
 from cachefreeze.rows import index_of
 from cachefreeze.running import NumericMode
 from cachefreeze.stores import DeviceStore, FieldSpec, HDF5Store, HostStore, Store, StoreSpec

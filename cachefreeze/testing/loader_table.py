@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from cachefreeze.engine import Engine
 from cachefreeze.freezing import freeze
-from cachefreeze.loader import Rows
+from cachefreeze.row_source import Rows
 
 COUNT, WIDTH = 14, 6
 
