@@ -397,6 +397,17 @@ class TestDamage:
             assert store.verify() == []
             store.close()
 
+    @pytest.mark.parametrize("row", [0, 7, ROWS - 1])
+    def test_every_portion_is_digested(self, path, monkeypatch, row):
+        """Rows that are copied and digested in several portions are so to the last."""
+        monkeypatch.setattr(hdf5, "_CHECKED_BYTES", 2 * 24)
+        layout = fill(path, one_field())
+        flip(path, layout.offsets["activation.0"] + 24 * row)
+        for rows in (EVERY, EVERY.flip(0)):
+            with pytest.raises(CorruptRowError) as caught:
+                HDF5Store.open(path, writable=False).read(rows)
+            assert caught.value.rows == (row,)
+
     def test_single_field_is_named(self, path):
         """With one field the damaged dataset is known."""
         layout = fill(path, one_field())

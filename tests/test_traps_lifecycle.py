@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import Counter, OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import cachefreeze as cf
 from cachefreeze import splitting
 from cachefreeze.errors import SplitError, StaleCacheError, UsageError
+from cachefreeze.isolation import preserved_state
 from cachefreeze.splitting import ReplayExecutor
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.testing.exact import rows_of
@@ -410,6 +412,36 @@ def test_a_split_leaves_weights_generators_and_objects_as_they_were(train_from):
     else:
         assert torch.equal(model.words.weight, weights)
         assert torch.equal(model.own.get_state(), drawn)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        [1, 2],
+        deque([1, 2]),
+        {1, 2},
+        {"a": 1, "b": 2},
+        OrderedDict(a=1, b=2),
+        Counter("abb"),
+        defaultdict(list, a=1, b=2),
+    ],
+    ids=lambda held: type(held).__name__,
+)
+def test_what_a_container_held_is_put_back(held):
+    """One thing in the place of another, of which the length tells nothing; the container stays the one it was."""
+    module, before = nn.Linear(1, 1), copy.copy(held)
+    module.kept = held
+    with preserved_state(module) as attributes:
+        assert attributes.changed() == []
+        if isinstance(held, set):
+            held.remove(1)
+            held.add(9)
+        else:
+            held[next(iter(held)) if isinstance(held, dict) else 0] = 9
+        assert attributes.changed() == ["kept"]
+    assert module.kept is held
+    assert held == before
+    assert list(held) == list(before)
 
 
 class Checkpointed(nn.Module):
