@@ -108,9 +108,8 @@ class Revision:
 
     def mismatched(self, store: HDF5Store) -> Tensor:
         """Present rows that were made from another sample, or from what a sample was before."""
-        rows = torch.arange(store.spec.rows)
-        there = store.unverified(MADE_FROM.name, rows)[:, 0] == self.keys
-        return rows[store.present(rows) & ~there]
+        present, made_from = _held(store)
+        return torch.from_numpy(np.flatnonzero(present & (made_from[:, 0] != self.keys.numpy())))
 
     def serves(self, path: Path, *, same: bool) -> bool:
         """Whether a file holds these samples but for a few, and is up to date now, or needs not be.
@@ -159,9 +158,8 @@ class Revision:
 
     def _plan(self, store: HDF5Store, *, compare: bool) -> _Plan | None:
         """None where too much differs."""
-        rows = torch.arange(store.spec.rows)
-        keys, inputs = (column.numpy() for column in store.unverified(MADE_FROM.name, rows).unbind(1))
-        present, wanted = store.present(rows).numpy(), self.keys.numpy()
+        present, made_from = _held(store)
+        keys, inputs, wanted = made_from[:, 0], made_from[:, 1], self.keys.numpy()
         if compare and not self._consumes_the_same(inputs, np.flatnonzero(present & (keys == wanted))):
             return None
         plan = _Plan()
@@ -248,6 +246,16 @@ class Revision:
             del plan.sources[row]
         plan.stale.extend(sorted(lost))
         return [row for row in rows if row not in lost]
+
+
+def _held(store: HDF5Store) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which rows are present, and (rows, 2) of what each was made from.
+
+    In this order: a row that another process writes between the two looks is absent here, and not one without a key.
+    """
+    rows = torch.arange(store.spec.rows)
+    present = store.present(rows).numpy()
+    return present, store.unverified(MADE_FROM.name, rows).numpy()
 
 
 def chains(sources: Mapping[int, int]) -> Iterator[tuple[list[int], bool]]:

@@ -152,6 +152,25 @@ def test_processes_share_a_fill(tmp_path):
     assert manager.verify() == {"train": []}
 
 
+def test_rows_written_while_a_cache_is_opened_are_found(tmp_path, monkeypatch):
+    """A batch that another filler writes between two looks at the file is there, not of another sample."""
+    filling = iter(make_manager(f"hdf5:{tmp_path}").loader(DataLoader(make_data(), 8)))
+    next(filling)
+    whole, looks = cf.HDF5Store.unverified, []
+
+    def look(store, name, rows):
+        found = whole(store, name, rows)
+        next(filling, None)
+        looks.append(store.writable)
+        return found
+
+    monkeypatch.setattr(cf.HDF5Store, "unverified", look)
+    manager = make_manager(f"hdf5:{tmp_path}")
+    loader = manager.loader(DataLoader(make_data(), 8))
+    assert manager.fill(loader).computed_rows == 40 - 8 * (1 + len(looks))
+    assert looks == [False, True]  # to compare samples, and to fill it
+
+
 def test_rows_that_another_filler_has_claimed_are_used_and_not_kept(tmp_path):
     """A pass does not wait for a row that another process is computing, and does not write it."""
     manager = make_manager(f"hdf5:{tmp_path}")
