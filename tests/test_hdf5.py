@@ -408,6 +408,22 @@ class TestDamage:
                 HDF5Store.open(path, writable=False).read(rows)
             assert caught.value.rows == (row,)
 
+    def test_rows_written_meanwhile_are_no_damage(self, path, monkeypatch):
+        """A row whose record another process writes between two looks at it is neither lost nor damaged."""
+        filler = HDF5Store.create(path, one_field(), fingerprint={})
+        store = HDF5Store.open(path, io="mmap")
+        whole = hdf5.complete
+
+        def complete(records, rows):
+            found = whole(records, rows)
+            monkeypatch.setattr(hdf5, "complete", whole)
+            filler.write(EVERY, values(filler.spec, EVERY))
+            return found
+
+        monkeypatch.setattr(hdf5, "complete", complete)
+        assert store.verify() == []
+        assert_same(store.read(EVERY), values(store.spec, EVERY))
+
     def test_single_field_is_named(self, path):
         """With one field the damaged dataset is known."""
         layout = fill(path, one_field())

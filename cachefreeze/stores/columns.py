@@ -36,10 +36,6 @@ class Packed:
         self.ends = ends
         self.starts = starts
 
-    def stretch(self, start: int, stop: int) -> memoryview:
-        """The bytes of rows start … stop - 1 of the batch."""
-        return self.data[self.ends[start] : self.ends[stop]]
-
     def rows(self) -> list[memoryview]:
         """The bytes of each row."""
         return [self.data[start:end] for start, end in pairwise(self.ends)]

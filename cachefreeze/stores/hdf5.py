@@ -283,7 +283,9 @@ class HDF5Store(Store):
         for rows, records in self._table.chunks():
             said = complete(records, rows)
             present = self._present.numpy()[rows] | (said & ~self._forgotten[rows])  # others may have written since
-            for row in rows[~said & (present | (records != np.zeros((), RECORD)))].tolist():
+            suspect = rows[~said & (present | (records != np.zeros((), RECORD)))]
+            whole_now = complete(self._table.of(suspect), suspect)  # if another process has just written it
+            for row in suspect[~whole_now].tolist():
                 yield BadRow(row, None, lost)
             judged = rows[said & present]
             expected = records["xxh3_64"][said & present].tolist()
@@ -357,18 +359,17 @@ class HDF5Store(Store):
         fd = self._handles.fd
         assert fd is not None
         recorded = self._table.of(index)["row_plus_1"] != 0
-        bytes_ = records.view(np.uint8).data
-        runs = [(start, stop, self._table.position(index[start])) for start, stop in stretches(index)]
-        for start, stop, position in runs if recorded.any() else ():
+        runs = list(stretches(index))
+        table = self._table.pack(index, records)
+        for start, stop in runs if recorded.any() else ():
             # A row that is rewritten is absent until it is whole again, also to readers that never check.
             if recorded[start:stop].any():
-                pwrite_all(fd, bytes((stop - start) * RECORD_BYTES), position)
+                pwrite_all(fd, bytes((stop - start) * RECORD_BYTES), table.starts[start])
         # The last field first, as a read takes it last: whoever finds the old one there has old ones all through.
-        for part in reversed(packed):
-            for start, stop, _ in runs:
-                pwrite_all(fd, part.stretch(start, stop), part.starts[start])
-        for start, stop, position in runs:
-            pwrite_all(fd, bytes_[start * RECORD_BYTES : stop * RECORD_BYTES], position)
+        for part in (*reversed(packed), table):
+            data, ends, starts = part.data, part.ends, part.starts
+            for start, stop in runs:
+                pwrite_all(fd, data[ends[start] : ends[stop]], starts[start])
 
     def _sync(self, fd: int) -> None:
         try:

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from cachefreeze.stores.columns import Packed
 from cachefreeze.stores.layout import RECORD_BYTES
 from cachefreeze.stores.source import Source
 
@@ -58,6 +59,11 @@ class CommitTable:
         records = np.empty(len(rows), RECORD)
         self._source.take(self.offset, rows, records.view(np.uint8).reshape(len(rows), RECORD_BYTES))
         return records
+
+    def pack(self, rows: NDArray[np.int64], records: NDArray[Any]) -> Packed:
+        """The records of ``rows`` as they are written."""
+        ends = range(0, (len(rows) + 1) * RECORD_BYTES, RECORD_BYTES)
+        return Packed(records.view(np.uint8).data, list(ends), (self.offset + rows * RECORD_BYTES).tolist())
 
     def chunks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """(rows, their records) for all rows, in order."""

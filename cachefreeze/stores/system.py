@@ -36,7 +36,7 @@ class System:
         # O_NONBLOCK: a FIFO of that name must not make us wait; it changes nothing for a regular file
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
-    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of ``data``; return how many bytes."""
         return os.pwrite(fd, data, offset)
 
@@ -106,17 +106,16 @@ def _flock(kind: int, start: int, length: int) -> bytes:
 
 def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``, however often the kernel takes only a part of it."""
-    view = memoryview(data)
     while True:
         try:
-            written = system.pwrite(fd, view, offset)
+            written = system.pwrite(fd, data, offset)
         except InterruptedError:  # Python retries by itself unless a signal handler raised; an injected fault does not
             continue
-        if written == len(view):
+        if written == len(data):
             return
         if written <= 0:
             raise OSError(errno.EIO, "the file system took no bytes")
-        view = view[written:]
+        data = memoryview(data)[written:]
         offset += written
 
 
