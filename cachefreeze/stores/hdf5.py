@@ -396,15 +396,15 @@ class HDF5Store(Store):
         """Copy some rows, and digest the copies while they are still in the processor's cache."""
         expected = self._table.of(index)["xxh3_64"].tolist()
         raw = [one.raw for one in made]
-        suspect = np.full(len(index), True) if self._check_mode == "always" else ~self._verified[index]
+        suspect = [True] * len(index) if self._check_mode == "always" else (~self._verified[index]).tolist()
         wrong: list[int] = []
         step = max(1, _CHECKED_BYTES * self.spec.rows // max(1, self.spec.nbytes))
         for start in range(0, len(index), step):
             stop = min(start + step, len(index))
             for one in made:
                 one.take(start, stop)
-            judged = (start + np.flatnonzero(suspect[start:stop])).tolist()
-            wrong += [at for at in judged if row_digest([data[at] for data in raw]) != expected[at]]
+            parts = zip(*(data[start:stop] for data in raw), strict=True)
+            wrong += [at for at, row in enumerate(parts, start) if suspect[at] and row_digest(row) != expected[at]]
         bad = np.unique(index[np.array(wrong, np.int64)])
         self._verified[index] = True
         self._verified[bad] = False
