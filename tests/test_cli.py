@@ -383,6 +383,7 @@ def test_version_and_help(capfd):
 
 @pytest.mark.real_data
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 1,050 photos through the whole network for the run that keeps none
 @pytest.mark.parametrize("boundary", ["classifier", "features.14"])
 def test_flowers(capfd, tmp_path, data_dir, boundary):
     """Transfer learning on photos: above 82 %, and the same figures with every cache."""
