@@ -647,6 +647,22 @@ class TestCreation:
         other = HDF5Store.open(tmp_path / "scratch" / "rows.h5", writable=False)
         assert_same(other.read(EVERY), values(store.spec, EVERY))
 
+    def test_a_file_system_without_hard_links_is_named(self, path, monkeypatch):
+        """FAT answers link() as if something were not permitted."""
+
+        def link(source, target):
+            raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+
+        monkeypatch.setattr(system, "link", link)
+        with pytest.raises(StoreError, match=r"no hard links .*use a folder on another one"):
+            create(path)
+        assert list(path.parent.iterdir()) == []
+
+    def test_a_folder_in_place_of_the_lock_is_named(self, path):
+        lock_path(path).mkdir()
+        with pytest.raises(StoreError, match=rf"cannot create {path}: Is a directory \({lock_path(path)}\)"):
+            create(path)
+
     @pytest.mark.parametrize("now", [-5.0, 3e11])
     def test_clock(self, path, monkeypatch, now):
         """A clock before 1970 or after the year 9999 makes a file that opens."""

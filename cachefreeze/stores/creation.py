@@ -7,6 +7,7 @@ temporary whose lock is free; the next creation in that folder sweeps it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -18,6 +19,8 @@ from cachefreeze.errors import StoreError
 from cachefreeze.stores.locks import FileLock
 from cachefreeze.stores.system import failing_as, free_bytes, pwrite_all, space_error, system
 
+# What link() says where there are none: https://man7.org/linux/man-pages/man2/link.2.html
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 _TEMPORARY = re.compile(r"\.cachefreeze-[0-9a-f]{16}\.tmp")
 
 
@@ -102,6 +105,13 @@ def _create_locked(path: Path, lock: FileLock, size_bytes: int, contents: Iterab
             system.link(temporary.path, path)
         except FileExistsError as error:
             raise StoreError(f"{path} exists: another process has just created it; open it instead") from error
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StoreError(
+                f"cannot create {path}: its file system has no hard links (FAT and exFAT have none), by which a file "
+                "gets its name once it is whole; use a folder on another one"
+            ) from error
         linked = True
         temporary.release(unlink=True)
         _sync_folder(path.parent)

@@ -181,4 +181,5 @@ def store_error(error: OSError, doing: str, path: Path, needed_bytes: int = 0) -
     if error.errno in _SPACE_ERRORS:
         return space_error(path, needed_bytes)
     fix = "; use a folder and a file that you may write to" if error.errno in _DENIED else ""
-    return StoreError(f"cannot {doing} {path}: {error.strerror or error}{fix}")
+    other = f" ({error.filename})" if error.filename and Path(error.filename) != path else ""  # its lock, its folder
+    return StoreError(f"cannot {doing} {path}: {error.strerror or error}{fix}{other}")
