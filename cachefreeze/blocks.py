@@ -85,6 +85,11 @@ def is_stochastic(module: nn.Module) -> bool:
     """Whether train mode changes what a module computes: batch statistics, dropout, stochastic depth."""
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return module.track_running_stats
+    return is_random(module)
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether a module draws in train mode: dropout, stochastic depth, attention and recurrences that drop."""
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0
     kind = type(module).__name__

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from cachefreeze.blocks import Block, list_blocks
+from cachefreeze.blocks import Block, is_random, list_blocks
 from cachefreeze.errors import FreezeError
 from cachefreeze.tracing import Example, Usage, usage_of
+
+Stochastic = Literal["eval", "train"]
 
 
 class FrozenLock:
@@ -25,12 +27,21 @@ class FrozenLock:
         parameters: Names of the module's own parameters that ``freeze`` froze.
         evaluate: Whether the module is held in eval mode; a half-frozen parent is not.
         train_from: On the model's own lock: the boundary that the last freeze asked for, by any module's name.
+        stochastic: On the model's own lock: what the last freeze asked for.
     """
 
-    def __init__(self, parameters: tuple[str, ...], *, evaluate: bool, train_from: str | None = None) -> None:
+    def __init__(
+        self,
+        parameters: tuple[str, ...],
+        *,
+        evaluate: bool,
+        train_from: str | None = None,
+        stochastic: Stochastic = "eval",
+    ) -> None:
         self.parameters = parameters
         self.evaluate = evaluate
         self.train_from = train_from
+        self.stochastic = stochastic
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Put the module and all below it back to eval mode where ``train()`` undid it."""
@@ -45,6 +56,7 @@ def freeze(
     train_last: int | None = None,
     modules: Sequence[str] | None = None,
     example_inputs: Any = None,
+    stochastic: Stochastic = "eval",
 ) -> list[str]:
     """Freeze leading layers: no gradients, and eval mode whatever ``model.train()`` says.
 
@@ -56,6 +68,9 @@ def freeze(
         train_last: Train the last N blocks (see :func:`cachefreeze.blocks`) and freeze what runs before them.
         modules: Names or glob patterns of modules to freeze, e.g. ``["conv1", "layer*"]``.
         example_inputs: Real inputs, for models whose order of use cannot be read without.
+        stochastic: What becomes of modules that draw (dropout, stochastic depth, attention that drops) before the
+            boundary: ``eval`` rests them; with ``train`` they follow ``model.train()``, and rows are taken before the
+            first of them, since no row can stand for a draw. Batch norms rest in either case.
 
     Returns:
         Names of the parameters that this call froze.
@@ -63,6 +78,8 @@ def freeze(
     Raises:
         FreezeError: A name matches nothing, or nothing would be left to train. The model is then as before.
     """
+    if stochastic not in get_args(Stochastic):
+        raise FreezeError(f"stochastic={stochastic!r}: use one of {', '.join(map(repr, get_args(Stochastic)))}")
     given = [n for n, v in (("train_from", train_from), ("train_last", train_last), ("modules", modules)) if v]
     if train_last is not None and train_last < 1:
         raise FreezeError(f"train_last={train_last}: expected a whole number of blocks, 1 or more")
@@ -75,7 +92,7 @@ def freeze(
         train_from = train_from if train_from is not None else _last_blocks(model, train_last or 1, usage)
         event = boundary_event(model, train_from, usage)
         names = {name for name, used in usage.parameters.items() if used < event}
-    return _freeze_parameters(model, names, usage, train_from)
+    return _freeze_parameters(model, names, usage, train_from, stochastic)
 
 
 def unfreeze(model: nn.Module, modules: Sequence[str] | None = None, *, example_inputs: Any = None) -> list[str]:
@@ -112,7 +129,7 @@ def freeze_before(model: nn.Module, boundary: str | None, usage: Usage) -> None:
     if frozen_here(model) - names:
         _thaw(model, frozen_here(model), usage)
     if names:
-        _freeze_parameters(model, names, usage, boundary)
+        _freeze_parameters(model, names, usage, boundary, "eval")
 
 
 def frozen_here(model: nn.Module) -> set[str]:
@@ -128,6 +145,11 @@ def frozen_here(model: nn.Module) -> set[str]:
 def is_locked(module: nn.Module) -> bool:
     """Whether a module is held in eval mode."""
     return any(lock.evaluate for lock in _locks(module))
+
+
+def stochastic_of(model: nn.Module) -> Stochastic:
+    """What the last freeze of a model asked for; ``eval`` where nothing is frozen."""
+    return next((lock.stochastic for lock in _locks(model)), "eval")
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -166,6 +188,30 @@ def boundary_event(model: nn.Module, name: str, usage: Usage) -> int:
 
 
 def boundary_of(model: nn.Module, usage: Usage) -> str | None:
+    """Where rows are taken: None when nothing is frozen before.
+
+    It is the boundary that the gradient flags imply, or after ``freeze(stochastic="train")`` the block of a module that
+    draws before it, where that is not the boundary's own, else the module.
+
+    Raises:
+        FreezeError: Nothing is trainable.
+    """
+    boundary = _boundary_by_flags(model, usage)
+    if boundary is None or stochastic_of(model) == "eval":
+        return boundary
+    before = runs_before(model, usage, boundary_event(model, boundary, usage))
+    drawing = [name for name in before if is_random(model.get_submodule(name))]
+    starts = {name: event for name in drawing if (event := usage.start(model, name)) is not None}
+    if not starts:
+        return boundary
+    first = min(starts, key=lambda name: starts[name])
+    listed = {block.name for block in list_blocks(model, usage)} - {boundary}
+    places = [*(name for name in _paths_above(first) if name in listed), first]
+    frozen_from = min(usage.parameters.values())
+    return next((name for name in places if boundary_event(model, name, usage) > frozen_from), None)
+
+
+def _boundary_by_flags(model: nn.Module, usage: Usage) -> str | None:
     """The boundary that the gradient flags imply: None when the first use of a parameter is trainable.
 
     It is the listed block that holds the first trainable parameter in order of use, or the module that
@@ -206,7 +252,9 @@ def block_list(model: nn.Module, usage: Usage) -> str:
     return f"Blocks, in order: {', '.join(shown)}."
 
 
-def _freeze_parameters(model: nn.Module, names: set[str], usage: Usage, train_from: str | None) -> list[str]:
+def _freeze_parameters(
+    model: nn.Module, names: set[str], usage: Usage, train_from: str | None, stochastic: Stochastic
+) -> list[str]:
     parameters = dict(model.named_parameters())
     if not any(p.requires_grad and n not in names and n in usage.parameters for n, p in parameters.items()):
         tied = _tied_to(model, names)
@@ -220,7 +268,7 @@ def _freeze_parameters(model: nn.Module, names: set[str], usage: Usage, train_fr
         parameters[name].requires_grad_(False)
         parameters[name].grad = None
     # what the user froze by hand is locked as well, but is not ours to thaw
-    _relock(model, frozen_here(model) | set(newly), usage, train_from, held=names)
+    _relock(model, frozen_here(model) | set(newly), usage, train_from, stochastic, held=names)
     return newly
 
 
@@ -229,19 +277,27 @@ def _thaw(model: nn.Module, names: set[str], usage: Usage) -> list[str]:
     kept = frozen_here(model) - names
     for name in names:
         parameters[name].requires_grad_(True)
-    _relock(model, kept, usage, None, held=None)
+    _relock(model, kept, usage, None, stochastic_of(model), held=None)
     return [name for name in parameters if name in names]
 
 
-def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | None, *, held: set[str] | None) -> None:
-    """Lock what runs before the boundary and what was frozen by name.
+def _relock(
+    model: nn.Module,
+    frozen: set[str],
+    usage: Usage,
+    train_from: str | None,
+    stochastic: Stochastic,
+    *,
+    held: set[str] | None,
+) -> None:
+    """Lock what runs before the boundary and what was frozen by name, but for what is to draw.
 
     ``frozen`` names the parameters that were frozen here; ``held`` those that a freeze asked for, whoever froze
     them. Without ``held``, every other lock of ours is lifted.
     """
     still = frozen | (held or set())
     events = [boundary_event(model, train_from, usage)] if train_from and still else []
-    boundary = boundary_of(model, usage) if still else None
+    boundary = _boundary_by_flags(model, usage) if still else None
     events += [boundary_event(model, boundary, usage)] if boundary else []
     locked = set(runs_before(model, usage, max(events))) if events else set()
     canonical = {id(p): name for name, p in model.named_parameters()}
@@ -250,9 +306,11 @@ def _relock(model: nn.Module, frozen: set[str], usage: Usage, train_from: str | 
         own = tuple(n for n, p in module.named_parameters(recurse=False) if canonical[id(p)] in frozen)
         had = _unlock(module)
         evaluate = name in locked or (bool(holds) and all(n in still for n in holds)) or (had and held is not None)
+        evaluate = evaluate and not (stochastic == "train" and any(map(is_random, module.modules())))
         if own or evaluate or (not name and still):
             asked = train_from if not name else None
-            module.register_forward_pre_hook(FrozenLock(own, evaluate=evaluate, train_from=asked), prepend=True)
+            lock = FrozenLock(own, evaluate=evaluate, train_from=asked, stochastic=stochastic)
+            module.register_forward_pre_hook(lock, prepend=True)
         if evaluate:
             module.eval()
         elif had and not any(is_locked(parent) for parent in _ancestors(model, name)):

@@ -13,7 +13,7 @@ from torch import nn
 
 import cachefreeze as cf
 from cachefreeze.errors import FreezeError
-from cachefreeze.freezing import hold_eval, is_locked
+from cachefreeze.freezing import boundary_of, hold_eval, is_locked
 from cachefreeze.testing.traps import (
     AsksHeadDtype,
     Attention,
@@ -30,6 +30,7 @@ from cachefreeze.testing.traps import (
     tokens,
     vectors,
 )
+from cachefreeze.tracing import usage_of
 
 
 class NoBias(TiedHead):
@@ -265,6 +266,52 @@ class TestEvalLock:
         hold_eval(model)
         assert model.classifier[0].training
         assert not any(m.training for m in model.features.modules())
+
+    def test_what_draws_may_follow_train(self):
+        """With stochastic="train" dropout before the boundary drops, in every copy, and batch norms rest."""
+        model = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 2)
+        )
+        cf.freeze(model, "4", stochastic="train")
+        for each in self.copies(model):
+            each.train()
+            each(torch.randn(3, 4))
+            assert [module.training for module in each] == [False, False, True, False, True]
+            assert boundary_of(each, usage_of(each, None)) == "2"
+        cf.freeze(model, "3")
+        model.train()
+        hold_eval(model)
+        assert [module.training for module in model] == [False, False, False, False, True]
+        assert boundary_of(model, usage_of(model, None)) == "4"
+        cf.unfreeze(model)
+        cf.freeze(model, "3", stochastic="train")
+        cf.unfreeze(model, ["0"])
+        assert boundary_of(model, usage_of(model, None)) is None
+
+    def test_rows_are_taken_before_the_block_that_draws(self):
+        """A block, where it is not the boundary's own and something is frozen before it; else the module itself."""
+        x, last, first = images(size=32), "encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_0"
+        for rate, train_from, expected in (
+            (0.1, last, "encoder.dropout"),
+            (0.0, last, first),
+            (0.0, first, first),  # what draws in the boundary's own block is nothing new
+        ):
+            model = torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16, dropout=0.1, num_classes=3)
+            model.encoder.dropout.p = rate
+            cf.freeze(model, train_from, example_inputs=x, stochastic="train")
+            assert cf.split(model, x).boundary.name == expected
+
+    def test_nothing_frozen_before_what_draws_is_a_live_run(self):
+        model = nn.Sequential(nn.Dropout(), nn.Linear(6, 6), nn.Linear(6, 2))
+        cf.freeze(model, "2", stochastic="train")
+        with pytest.raises(FreezeError, match="stochastic"):
+            cf.split(model, vectors())
+
+    def test_another_word_for_what_draws(self):
+        model = Chain()
+        with pytest.raises(FreezeError, match="stochastic='live': use one of 'eval', 'train'"):
+            cf.freeze(model, "conv2", stochastic="live")
+        assert not frozen(model)
 
     def test_hold_eval_does_not_wait_for_the_next_forward(self):
         model = Chain()

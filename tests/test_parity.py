@@ -49,9 +49,9 @@ def make_data(size, count=11):
     return TensorDataset(torch.randn(count, 3, size, size), torch.randint(0, 5, (count,)))
 
 
-def train(model, boundary, data, store, *, epochs=3, optimizer="adamw", workers=0, dtype=None):
+def train(model, boundary, data, store, *, epochs=3, optimizer="adamw", workers=0, dtype=None, stochastic="eval"):
     """Losses, outputs and gradients of every step, and the state of the model and of the random generators."""
-    cf.freeze(model, boundary)
+    cf.freeze(model, boundary, stochastic=stochastic)
     torch.manual_seed(2)
     order = torch.Generator().manual_seed(3)
     engine = cf.Engine(model, store, dtype=dtype)
@@ -99,6 +99,25 @@ def test_cached_training_is_uncached_training(name, boundary, size, tmp_path):
     again = train(copy.deepcopy(base), boundary, data, f"hdf5:{tmp_path}")
     assert again[3] == ["cached"] * 3
     assert_equal(again, expected)
+
+
+def test_frozen_layers_behind_a_live_dropout_run_at_every_step(tmp_path):
+    """Rows are taken before the first module that draws; frozen statistics behind it stand still."""
+    torch.manual_seed(0)
+    base = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout2d(0.3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 5),
+    )  # fmt: skip
+    data = make_data(16)
+    expected = train(copy.deepcopy(base), "9", data, "off", stochastic="train")
+    rested = train(copy.deepcopy(base), "9", data, "host")
+    assert not torch.equal(rested[0][0][1], expected[0][0][1])
+    for store in ("host", f"hdf5:{tmp_path}"):
+        got = train(copy.deepcopy(base), "9", data, store, stochastic="train")
+        assert got[3] == ["fill", "cached", "cached"]
+        assert_equal(got, expected)
+    for name, value in base.state_dict().items():
+        assert name.startswith("9.") or torch.equal(value, expected[1][name]), name
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def names(function):
 
 
 def test_signatures():
-    assert names(cf.freeze) == ["model", "train_from", "train_last", "modules", "example_inputs"]
+    assert names(cf.freeze) == ["model", "train_from", "train_last", "modules", "example_inputs", "stochastic"]
     assert names(cf.unfreeze) == ["model", "modules", "example_inputs"]
     assert names(cf.blocks) == ["model", "example_inputs"]
     assert names(cf.split) == ["model", "example_inputs", "train_from"]

@@ -12,7 +12,15 @@ from torch import nn
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
 from cachefreeze.flops import count_flops
-from cachefreeze.freezing import block_list, boundary_event, boundary_of, hooks_of, is_locked, runs_before
+from cachefreeze.freezing import (
+    block_list,
+    boundary_event,
+    boundary_of,
+    hooks_of,
+    is_locked,
+    runs_before,
+    stochastic_of,
+)
 from cachefreeze.isolation import evaluating, preserved_buffers, preserved_parameters
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
@@ -185,9 +193,11 @@ def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> t
     usage = record_usage(model, example)
     name = train_from if train_from is not None else boundary_of(model, usage)
     if name is None:
+        drawing = stochastic_of(model) == "train"
+        what = "first module that draws (stochastic='train')" if drawing else "first trainable block"
         raise FreezeError(
-            f"nothing of {type(model).__name__} is frozen before its first trainable block, so there is nothing to "
-            "cache; freeze first: cf.freeze(model, train_from=…)"
+            f"nothing of {type(model).__name__} is frozen before its {what}, so there is nothing to cache; freeze "
+            f"{'with stochastic=' + repr('eval') if drawing else 'first'}: cf.freeze(model, train_from=…)"
         )
     site = _site(model, name, usage, train_from is None)
     if train_from is None:
