@@ -104,16 +104,20 @@ class OptimizedPrefix(FrozenPrefix):
     def run(self, example: Example, count: int) -> list[Tensor]:
         """Activations within the tolerance of the exact ones."""
         example = example.to(self.device)
-        if self._choice is None:
-            with preserved_random_state(), torch.no_grad():
-                self._choose(example, count)
-        choice = self._choice
-        assert choice is not None
+        choice = self.choose(example, count)
         if choice.form is None:
             return self._run(self.parts.prefix, example, count, self._own_portions)
         if self._copy is None:  # rows are computed again after all were there
             self._copy = InferenceCopy(self.parts, replace(choice.form, compiled=False), example)
         return self._run(self._copy, example, count, self._own_portions)
+
+    def choose(self, example: Example, count: int) -> Choice:
+        """How rows are made from now on, measured on ``count`` samples unless it is decided."""
+        if self._choice is None:
+            with preserved_random_state(), torch.no_grad():
+                self._choose(example, count)
+        assert self._choice is not None
+        return self._choice
 
     def identity(self) -> dict[str, str]:
         """Rows of two choices are alike within the tolerance, so it stands for all of them."""

@@ -19,13 +19,16 @@ from cachefreeze.batches import Inputs
 from cachefreeze.blocks import Block
 from cachefreeze.errors import CacheFreezeError, UsageError
 from cachefreeze.freezing import boundary_event, boundary_of
+from cachefreeze.inference import Optimized
+from cachefreeze.isolation import eval_mode, preserved_state
 from cachefreeze.loader import check_loader
 from cachefreeze.measuring import Measurement, Training, measure, measured_tier
 from cachefreeze.measuring.steps import Optimizers
+from cachefreeze.optimized import OptimizedPrefix
 from cachefreeze.reporting import short_bytes
-from cachefreeze.running import forward_arguments, model_device
+from cachefreeze.running import NumericMode, forward_arguments, model_device
 from cachefreeze.samples import View
-from cachefreeze.splitting import blocks, split
+from cachefreeze.splitting import Parts, blocks, split
 from cachefreeze.stores.memory import free_device_bytes, free_host_bytes
 from cachefreeze.stores.opening import fitting_tier
 from cachefreeze.tracing import Example, Usage, record_usage
@@ -74,6 +77,23 @@ class BoundaryPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizedFill:
+    """What ``prefix="optimized"`` would gain at the advised boundary, measured on real samples.
+
+    Attributes:
+        choice: How the copy of the prefix is rewritten.
+        gain: How many times as fast as the exact prefix it makes rows.
+        error: Against the exact prefix, relative to a sample's largest magnitude.
+        fill_seconds: The first epoch with it.
+    """
+
+    choice: str
+    gain: float
+    error: float
+    fill_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A table over all boundaries; ``print(plan)`` shows it.
 
@@ -87,6 +107,7 @@ class Plan:
         live_seconds: An epoch in which everything trains.
         free_bytes: ``device`` (not on a CPU), ``host`` and ``disk`` where a folder was given; None where unknown.
         rows: One for each boundary, the shallowest first. The advised one was split and verified, the others listed.
+        optimized: What a rewritten prefix would gain at the advised one; None where it would be the exact one.
         seconds: That the plan took.
     """
 
@@ -99,6 +120,7 @@ class Plan:
     live_seconds: float
     free_bytes: dict[str, int | None]
     rows: tuple[BoundaryPlan, ...]
+    optimized: OptimizedFill | None
     seconds: float
 
     def at(self, boundary: str) -> BoundaryPlan:
@@ -127,7 +149,7 @@ class Plan:
             many = "epoch" if best.break_even_epochs == 1 else "epochs"
             return (
                 f"train_from={best.boundary} on {best.tier}: {best.speedup:.3g}x per epoch, "
-                f"pays after {best.break_even_epochs} {many}"
+                f"pays after {best.break_even_epochs} {many}{self._with_optimized}"
             )
         where = "at any boundary" if self.boundary is None else f"at {self.boundary!r}"
         reasons = {row.reason for row in self.rows if row.boundary == self.boundary and row.reason}
@@ -168,6 +190,13 @@ class Plan:
         ]
         notes = [f"{row.boundary}: {row.reason}" for row in self.rows if row.reason]
         return "\n".join([head, *(line.rstrip() for line in lines), *notes, self.advice])
+
+    @property
+    def _with_optimized(self) -> str:
+        made = self.optimized
+        if made is None:
+            return ""
+        return f"; with prefix='optimized' the fill takes {_seconds(made.fill_seconds)} (error {made.error:.1e})"
 
     def _pays(self, row: BoundaryPlan) -> bool:
         return row.break_even_epochs is not None and row.break_even_epochs <= self.epochs
@@ -250,9 +279,13 @@ def plan(
         live_seconds=measured.samples * measured.fetch + measured.batches * measured.steps[0],
         free_bytes=_free(store, device),
         rows=tuple(rows),
+        optimized=None,
         seconds=0.0,
     )
-    return replace(_verified(made, model, example), seconds=time.perf_counter() - began)
+    made, parts = _verified(made, model, example)
+    if parts is not None and seen.ragged is None:
+        made = replace(made, optimized=_optimized(made, parts, seen, measured, NumericMode(autocast)))
+    return replace(made, seconds=time.perf_counter() - began)
 
 
 def _with_boundary(listed: list[Block], boundary: str | None, model: nn.Module, usage: Usage) -> list[Block]:
@@ -264,11 +297,11 @@ def _with_boundary(listed: list[Block], boundary: str | None, model: nn.Module, 
     return [*before, Block(boundary, 0, None, None, (boundary,)), *listed[len(before) :]]
 
 
-def _verified(made: Plan, model: nn.Module, example: Example) -> Plan:
+def _verified(made: Plan, model: nn.Module, example: Example) -> tuple[Plan, Parts | None]:
     """The plan with its advice verified: a listing shows what crosses, only a split that it suffices."""
     while (best := made.best) is not None:
         try:
-            split(model, example, best.boundary)
+            return made, split(model, example, best.boundary)
         except CacheFreezeError as error:
             refused = replace(
                 best,
@@ -281,9 +314,28 @@ def _verified(made: Plan, model: nn.Module, example: Example) -> Plan:
                 reason=str(error),
             )
             made = replace(made, rows=tuple(refused if row is best else row for row in made.rows))
-        else:
-            break
-    return made
+    return made, None
+
+
+def _optimized(made: Plan, parts: Parts, seen: View, measured: Measurement, mode: NumericMode) -> OptimizedFill | None:
+    """Choose a rewritten prefix as a fill would, on its first samples."""
+    best = made.best
+    assert best is not None
+    assert best.fill_seconds is not None
+    prefix = OptimizedPrefix(parts, mode, None, Optimized())
+    prefix.rows_ahead = len(seen)
+    count = min(made.batch_size or len(seen), len(seen))
+    with preserved_state(parts.model), eval_mode(parts.model):
+        choice = prefix.choose(seen.layout.example(seen.fetch(list(range(count)))).to(prefix.device), count)
+    if choice.form is None and choice.size is None:
+        return None
+    exact = measured.samples * sum(measured.forward[: measured.names.index(best.boundary)])
+    return OptimizedFill(
+        choice=str(choice.facts()["choice"]),
+        gain=choice.gain,
+        error=choice.error,
+        fill_seconds=best.fill_seconds - exact * (1 - 1 / choice.gain),
+    )
 
 
 def _crossing(model: nn.Module, example: Example, block: Block) -> tuple[int | None, str | None]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import cachefreeze as cf
+from cachefreeze import optimized
 from cachefreeze.errors import RandomSampleError, UsageError
 from cachefreeze.isolation import RandomState
 from cachefreeze.judging import judge
@@ -143,6 +144,37 @@ def test_the_table_is_the_arithmetic_of_its_measurement():
     assert one.total_seconds(3) == pytest.approx(one.setup_seconds + one.fill_seconds + 2 * one.cached_seconds)
     assert plan.live_seconds > plan.at("1").frozen_seconds
     assert plan.boundary is None
+
+
+@pytest.mark.parametrize("copied_seconds", [0.001, 0.004])
+def test_what_an_optimized_prefix_would_gain(monkeypatch, copied_seconds):
+    """The choice that a fill would make at the advised boundary, and nothing where it would be the exact prefix."""
+    timed = optimized._Trial._timed
+
+    def as_told(trial, target, size):
+        return 0.004 if target is trial._prefix.parts.prefix else copied_seconds, timed(trial, target, size)[1]
+
+    monkeypatch.setattr(optimized, "_FEWEST_ROWS", 0)
+    monkeypatch.setattr(optimized, "_SHORTEST_SECONDS", 0.0)
+    monkeypatch.setattr(optimized._Trial, "_timed", as_told)
+    model = nn.Sequential(nn.Linear(3, 3), *slow_model().train()).train()
+    before, state = traces(model), RandomState.capture()
+    plan = cf.plan(model, batches(samples=40), epochs=50)
+    assert same(before, traces(model))
+    assert state.moved() == []
+    found, best = plan.optimized, plan.best
+    if copied_seconds == 0.004:
+        assert found is None
+        assert "optimized" not in plan.advice
+        assert json.loads(plan.to_json())["optimized"] is None
+        return
+    assert found.choice == "1 batch norms folded"
+    assert found.gain == 4
+    assert 0 < found.error < 1e-3
+    saved = best.fill_seconds - found.fill_seconds
+    assert 0.75 * 10 * sum(FORWARD) <= saved <= 0.75 * best.frozen_seconds, "of the forwards of ten batches"
+    assert "; with prefix='optimized' the fill takes " in str(plan)
+    assert json.loads(plan.to_json())["optimized"]["gain"] == 4
 
 
 @pytest.mark.parametrize(
