@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cachefreeze.batches import map_tensors
 from cachefreeze.errors import CorruptRowError, LoaderError
-from cachefreeze.order import BatchOrder
-from cachefreeze.prefetch import ReadAhead
+from cachefreeze.order import BatchOrder, in_sight
+from cachefreeze.prefetch import ReadAhead, Telling
 from cachefreeze.row_source import PassCounts, RowSource, Source
 from cachefreeze.samples import is_map_style
 
@@ -111,7 +112,13 @@ class CachedLoader(LoaderProxy):
         self.counts = counts = PassCounts()
         now = None if self._clock is None else self._clock()
         self._epoch = self._epoch + 1 if now is None else now
-        pulled = source.in_turn(self._order.begin(), self._epoch)
+        with Telling(partial(source.expect, epoch=self._epoch)) as tell:
+            begun = self._order.begin()
+            if source.settled and source.on_disk:
+                begun = in_sight(begun, self.dataloader.batch_sampler, tell)
+            yield from self._batches(source, source.in_turn(begun, self._epoch), counts)
+
+    def _batches(self, source: RowSource, pulled: Iterator[Sequence[int]], counts: PassCounts) -> Iterator[Any]:
         # after one whole pass that computed nothing, workers would only wait; a row that fails is fetched here
         batches: Iterator[_Fetched]
         lane = None

@@ -11,7 +11,7 @@ sees. That holds for the orders that :func:`foreseen` knows, and for all others 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, repeat
 from math import inf
 from typing import Any
@@ -75,6 +75,33 @@ class BatchOrder:
             rows = queue.popleft()
             queue.extend(islice(pulled, 1))
             yield rows, queue[0] if following and queue else None
+
+
+def in_sight(pulled: Iterator[Indices], batch_sampler: object, tell: Callable[[Indices], None]) -> Iterator[Indices]:
+    """The same batches; of blocks that are shuffled the samples are told a group of blocks before they come.
+
+    Args:
+        pulled: From the batch sampler.
+        batch_sampler: Of a :class:`BlockShuffleSampler`, whose batches may be pulled early; of any other nothing is.
+        tell: Takes the samples of a block.
+    """
+    sampler: Any = batch_sampler.sampler if type(batch_sampler) is BatchSampler else None
+    if type(sampler) is not BlockShuffleSampler:
+        yield from pulled
+        return
+    block, samples = sampler.block, len(sampler)
+    depth = -(-block * sampler.mixed // batch_sampler.batch_size)  # type: ignore[attr-defined]
+    told: set[int] = set()
+    queue: deque[Indices] = deque()
+    for batch in pulled:
+        for number in dict.fromkeys(sample // block for sample in batch):
+            if number not in told:
+                told.add(number)
+                tell(range(number * block, min((number + 1) * block, samples)))
+        queue.append(batch)
+        if len(queue) > depth:
+            yield queue.popleft()
+    yield from queue
 
 
 def foreseen(batch_sampler: object) -> float:

@@ -65,6 +65,34 @@ class SideStream:
 
 
 @final
+class Telling:
+    """Says in a thread of its own, which ends with the context, what will be asked for; nobody waits for that.
+
+    Args:
+        tell: Takes samples.
+    """
+
+    def __init__(self, tell: Callable[[Indices], None]) -> None:
+        self._tell = tell
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __call__(self, samples: Indices) -> None:
+        """Tell in a moment."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "cachefreeze-telling")
+        self._thread.submit(self._tell, samples)
+
+    def __enter__(self) -> Telling:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+
+@final
 class ReadAhead:
     """Reads one batch at a time in a thread of its own, which ends with the context.
 

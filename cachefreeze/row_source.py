@@ -167,6 +167,15 @@ class RowSource(Protocol):
         """The user's batch for ``rows``: some were just computed, or all of them were read ahead as ``stored``."""
         ...
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether it takes a while until rows come that are asked for."""
+        ...
+
+    def expect(self, samples: Sequence[int], epoch: int) -> None:
+        """Samples whose rows will soon be asked for; in a thread that nobody waits for."""
+        ...
+
     def lane(self) -> Lane | None:
         """How rows that are read ahead get to the device; None where reading ahead gains nothing."""
         ...

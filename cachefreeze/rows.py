@@ -166,6 +166,16 @@ class StoredRows:
             self._write(mine, computed)
         return computed
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether it takes a while until rows come that are asked for."""
+        return self.store.path is not None
+
+    def expect(self, samples: Sequence[int], epoch: int) -> None:
+        """Samples whose rows will soon be asked for."""
+        for rows in self.in_turn(iter([samples]), epoch):
+            self.store.expect(self._asked(rows))
+
     def lane(self) -> Lane | None:
         """How rows that are read ahead get to the device; None where nothing is to be sent there."""
         if self.prefix.device.type != "cuda" or self.store.tier == "device":

@@ -347,6 +347,28 @@ class TestReopen:
         assert (str(path) in Path("/proc/self/maps").read_text()) == (not more)
         store.close()
 
+    def test_what_is_expected_is_asked_of_the_system(self, path, monkeypatch):
+        """Neighbouring rows in one stretch, in pieces that Linux takes; a map is left to the system."""
+        fill(path, one_field())
+        asked = []
+        monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, size, advice: asked.append((offset, size, advice)))
+        monkeypatch.setattr(source, "_EXPECTED_BYTES", 40)
+        store = HDF5Store.open(path, io="pread")
+        first = store._layout.offsets["activation.0"]
+        store.expect(rows_of(3, 2, 9, 3))
+        wanted = os.POSIX_FADV_WILLNEED
+        assert asked == [(first + 48, 40, wanted), (first + 88, 8, wanted), (first + 9 * 24, 24, wanted)]
+        HDF5Store.open(path, io="mmap").expect(EVERY)
+        assert len(asked) == 3
+
+        def refuse(*_):
+            raise OSError(errno.EINVAL, "no hints here")
+
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+        store.expect(EVERY)
+        monkeypatch.delattr(os, "posix_fadvise")
+        store.expect(EVERY)
+
     def test_pread_maps_nothing(self, path):
         """With io="pread" no part of the file is in the address space; workers get it the same way."""
         fill(path)

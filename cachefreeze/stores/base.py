@@ -247,6 +247,11 @@ class Store(ABC):
         self._mark(rows, present=False)
         self._forget(rows)
 
+    @final
+    def expect(self, rows: Tensor) -> None:
+        """Say which rows will soon be read, so that a disk begins to read them; a hint, from any thread."""
+        self._expect(torch.from_numpy(np.unique(self._checked(rows).numpy())))
+
     def commit(self) -> None:
         """Return once every row written so far survives a loss of power, where the tier can promise that."""
         self._require_open()
@@ -270,6 +275,9 @@ class Store(ABC):
 
     def _look(self, rows: Tensor) -> None:  # noqa: B027
         """Mark those of ``rows`` present that another process has written; a store in memory has no other."""
+
+    def _expect(self, rows: Tensor) -> None:  # noqa: B027
+        """Begin to read rows, each once and in order; memory has nothing to begin with."""
 
     def _forget(self, rows: Tensor) -> None:  # noqa: B027
         """Do what else is needed for ``rows`` to stay absent."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cachefreeze.stores.base import FieldSpec
 from cachefreeze.stores.recycling import Recycler
-from cachefreeze.stores.source import Source
+from cachefreeze.stores.source import Source, stretches
 
 
 @final
@@ -64,6 +64,13 @@ class Column:
         if lengths is None:
             return self._offset + rows.numpy() * item_bytes, np.full(len(rows), item_bytes, np.int64)
         return self._offset + lengths.starts(rows).numpy() * item_bytes, lengths.of(rows).numpy() * item_bytes
+
+    def expect(self, rows: Tensor) -> None:
+        """Rows, in order, that will soon be read."""
+        starts, sizes = self.spans(rows)
+        for start, stop in stretches(rows.numpy()):
+            at = int(starts[start])
+            self._source.expect(at, int(starts[stop - 1] + sizes[stop - 1]) - at)
 
     def pack(self, rows: Tensor, batch: Tensor) -> Packed:
         """(n, *batch_shape) on any device -> the bytes of its rows, without padding."""

@@ -329,6 +329,10 @@ class HDF5Store(Store):
                 for start, stop in stretches(index):
                     lock.unclaim(int(index[start]), stop - start)
 
+    def _expect(self, rows: Tensor) -> None:
+        for column in self._columns:
+            column.expect(rows)
+
     def _forget(self, rows: Tensor) -> None:
         self._forgotten[rows.numpy()] = True
 

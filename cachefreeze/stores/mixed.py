@@ -186,6 +186,10 @@ class MixedStore(Store):
         for store, start, at in self._split(rows):
             self._mark(rows[at][store.present(rows[at] - start)], present=True)
 
+    def _expect(self, rows: Tensor) -> None:
+        for store, start, at in self._split(rows):
+            store.expect(rows[at] - start)
+
     def _forget(self, rows: Tensor) -> None:
         for store, start, at in self._split(rows):
             store.forget(rows[at] - start)

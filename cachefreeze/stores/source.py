@@ -27,6 +27,9 @@ IO = Literal["auto", "mmap", "pread"]
 # Largest file that "auto" maps: as much as a run's peak may differ by with the rows of a store.
 MAPPED_BYTES = 256 << 20
 
+# Of one hint Linux reads no more than a disk's read-ahead window, of which this is the default size: mm/readahead.c
+_EXPECTED_BYTES = 128 << 10
+
 
 class Source(ABC):
     """Where the bytes of an open file come from."""
@@ -42,6 +45,9 @@ class Source(ABC):
     @abstractmethod
     def take(self, offset: int, index: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy the ``index``-th records of ``out.shape[1]`` bytes each, counted from ``offset``, into ``out``."""
+
+    def expect(self, offset: int, size_bytes: int) -> None:  # noqa: B027
+        """Some bytes will soon be read; a hint."""
 
     @abstractmethod
     def close(self) -> None:
@@ -106,6 +112,15 @@ class Read(Source):
             part = place[start * record_bytes : stop * record_bytes]
             if os.preadv(self._fd, [part], starts[start]) != len(part):
                 self._into(part, starts[start])  # it may come in pieces
+
+    def expect(self, offset: int, size_bytes: int) -> None:
+        """The system begins to read them into its page cache."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for start in range(offset, offset + size_bytes, _EXPECTED_BYTES):
+            part_bytes = min(_EXPECTED_BYTES, offset + size_bytes - start)
+            with suppress(OSError):  # closed meanwhile, or a file system that takes no hints
+                os.posix_fadvise(self._fd, start, part_bytes, os.POSIX_FADV_WILLNEED)
 
     def _into(self, place: memoryview, offset: int) -> None:
         missing_bytes = len(place) - pread_into(self._fd, place, offset)

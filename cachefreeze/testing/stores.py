@@ -121,6 +121,18 @@ class StoreTests:
         store.write(rows_of(3), batch)
         assert_same(store.read(rows_of(3)), batch)
 
+    def test_expected_rows(self, make: Make) -> None:
+        """Rows that are expected, in any order, are what they were, and absent ones are no error."""
+        spec = every_kind()
+        store = make(spec)
+        store.expect(torch.arange(ROWS))
+        assert store.count == 0
+        store.write(rows_of(2, 7), values(spec, rows_of(2, 7)))
+        store.expect(rows_of(7, 2, 7, 0))
+        assert_same(store.read(rows_of(7, 2)), values(spec, rows_of(7, 2)))
+        with pytest.raises(StoreError):
+            store.expect(rows_of(ROWS))
+
     def test_order_and_duplicates(self, make: Make) -> None:
         """A batch has the order asked for, and a row as often as asked for."""
         spec = one_field()
