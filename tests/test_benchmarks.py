@@ -164,6 +164,12 @@ def test_fill_speed(tmp_path):
         assert 0 < rows["optimized hdf5"]["write_share"] < 1
 
 
+def test_cold_reads(tmp_path):
+    found, _ = smoke("cold_reads.py", tmp_path, "--folder", str(tmp_path))
+    assert list(found["ways"]) == ["end to end", "in order", "blocks", "random"]
+    assert all(way["bytes_a_second"] > 0 for way in found["ways"].values())
+
+
 @pytest.mark.slow
 def test_plan_accuracy(tmp_path):
     """Every case has its predictions beside its measurements, and every run its choice beside the best."""
