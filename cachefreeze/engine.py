@@ -19,7 +19,7 @@ from cachefreeze.batches import Inputs
 from cachefreeze.compiled import CompiledStep
 from cachefreeze.errors import CheckpointError, StaleCacheError, UsageError
 from cachefreeze.following import Following
-from cachefreeze.freezing import boundary_of, hold_eval, stochastic_of
+from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
 from cachefreeze.judging import Judgement, judge, measure_boundary, tell
@@ -99,8 +99,6 @@ class Engine:
             raise UsageError(
                 "a schedule needs a store for every boundary; give store= as 'host', 'device' or 'hdf5:DIR'"
             )
-        if schedule is not None and stochastic_of(model) == "train":
-            raise UsageError("a schedule rests what draws with what it freezes: freeze with stochastic='eval' first")
         if Optimized.of(prefix) is not None and store == "off":
             raise UsageError(f"prefix={prefix!r} says how rows are made, and store='off' keeps none: leave one out")
         if isinstance(store, str) and store.partition(":")[0] not in ("auto", "device", "host", "hdf5", "off"):

@@ -335,13 +335,6 @@ def test_without_attach_decisions_wait_for_the_next_epoch_and_rates_cannot_be_dr
         next(engine.epochs(2))
 
 
-def test_what_draws_rests_under_a_schedule():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 2))
-    cf.freeze(model, "3", stochastic="train")
-    with pytest.raises(UsageError, match="freeze with stochastic='eval'"):
-        cf.Engine(model, schedule=cf.FreezeOut())
-
-
 def test_accumulated_gradients_need_their_own_count():
     def run(**options):
         model, engine, batches = made(cf.FreezeOut(0.5, "linear"))
