@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 from cachefreeze.errors import LoaderError, SplitError, UsageError
 from cachefreeze.loader import PassingLoader, StagedLoader
 from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import measure, measured_tier
+from cachefreeze.measuring import listed_blocks, measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.running import model_device
 from cachefreeze.samples import View
 from cachefreeze.schedules import Stages
 from cachefreeze.sides import Place
-from cachefreeze.splitting import Parts, blocks
+from cachefreeze.splitting import Parts
 from cachefreeze.staging import Staging
 from cachefreeze.tracing import Example
 
@@ -193,7 +193,7 @@ class Following:
         """What the epochs under the schedule are made of."""
         loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
         view, device = loaders[0][1], model_device(self._model)
-        sizes = {b.name: b.bytes_per_sample for b in blocks(self._model, view.example().to(device))}
+        sizes = {block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)}
         largest = max((size for size in sizes.values() if size), default=0) * sum(seen.samples for _, seen in loaders)
         tier = measured_tier(self._store, largest, device)
         return measure(

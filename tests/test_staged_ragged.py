@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import ClassVar
 
 import pytest
@@ -11,8 +12,11 @@ from torch.utils.data import DataLoader
 import cachefreeze as cf
 from cachefreeze import errors
 from cachefreeze.manager import split_on
+from cachefreeze.measuring import measure
 from cachefreeze.samples import View
-from cachefreeze.testing.ragged import Pad, Running, Texts
+from cachefreeze.schedules import Ladder
+from cachefreeze.testing.ragged import Pad, Reader, Running, Texts
+from cachefreeze.tracing import record_usage
 
 COUNT = 23
 
@@ -224,6 +228,36 @@ def test_a_further_loader_may_have_texts_of_one_length():
             with torch.no_grad():
                 assert torch.equal(engine(**batch)["logits"], model(**given)["logits"])
     assert (checks.source, engine.parts.boundary.name) == ("cached", "blocks.3")
+
+
+def test_a_plan_counts_rows_at_their_own_length():
+    """Bytes of all rows are those of the store, at a boundary with a row a token and at one with a row a text."""
+    data = Texts(60)
+    torch.manual_seed(0)
+    model = Reader(width=64)
+    loader = DataLoader(data, 5, collate_fn=Pad(multiple=8))
+    planned = cf.plan(model, loader, store="host")
+    for name in ("blocks.0", "blocks.2", "head"):
+        cf.freeze(model, name, example_inputs=dict(next(iter(loader))))
+        manager = cf.CacheManager.of(model, loader, "host")
+        manager.loader(loader)
+        assert planned.at(name).nbytes == pytest.approx(manager.nbytes, rel=0.03)
+        cf.unfreeze(model, example_inputs=dict(next(iter(loader))))
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_collating_anew_is_part_of_what_a_cached_epoch_costs():
+    def slow(items):
+        time.sleep(0.01)
+        return Pad(labels="tags")(items)
+
+    model, loader = net(), DataLoader(Texts(40), 10, collate_fn=slow)
+    view = View.of(loader, ["ids", "mask", "labels"])
+    usage = record_usage(model, view.example())
+    names = Ladder.of_usage(model, usage).names
+    found = measure(model, usage, names, [(loader, view)], tiers=["host"])
+    assert found.collate == pytest.approx(0.001, rel=0.01)
+    assert found.costs("host").read[3] > 0.04 * 0.99
 
 
 def test_moves_are_measured():

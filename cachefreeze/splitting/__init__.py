@@ -17,7 +17,7 @@ from cachefreeze.isolation import evaluating, preserved_buffers, preserved_param
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, as_tuple
-from cachefreeze.splitting.costs import blocks
+from cachefreeze.splitting.costs import blocks, blocks_padded
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
 from cachefreeze.splitting.planner import check_reads
@@ -26,7 +26,7 @@ from cachefreeze.splitting.segment import make_segment
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
-__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "split", "split_padded"]
+__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "blocks_padded", "split", "split_padded"]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
