@@ -119,7 +119,7 @@ def sentences(config: Config) -> Task:
     def encoded(first: int, count: int) -> Listed:
         made = []
         for text, label in reviews(first, count):
-            # one length: a schedule's boundary moves, and rows of different lengths do not follow it
+            # one length: a step costs the same whichever texts are in it
             tokens = tokenizer(text, truncation=True, padding="max_length", max_length=config.tokens)
             made.append({**{key: torch.tensor(value) for key, value in tokens.items()}, "labels": label})
         return Listed(made)

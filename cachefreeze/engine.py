@@ -167,6 +167,7 @@ class Engine:
             )
         if self._store == "off" and self._staging is None:
             return self._uncached(dataloader, inputs)
+        known = self._following or self.parts
         seen = View.of(
             dataloader,
             forward_arguments(self.model),
@@ -175,7 +176,7 @@ class Engine:
             assume_deterministic=assume_deterministic or self._store == "off",
             variants=variants,
             seed=seed,
-            padded=frozenset() if self.parts is None else self.parts.padded,
+            padded=frozenset() if known is None else known.padded,
         )
         if self._following is not None:
             return self._following.add(dataloader, seen, name, version)

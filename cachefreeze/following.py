@@ -13,16 +13,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cachefreeze.errors import SplitError, UsageError
+from cachefreeze.errors import LoaderError, SplitError, UsageError
 from cachefreeze.loader import PassingLoader, StagedLoader
 from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import measure, measured_tier
+from cachefreeze.measuring import listed_blocks, measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.running import model_device
 from cachefreeze.samples import View
 from cachefreeze.schedules import Stages
-from cachefreeze.splitting import Parts, blocks
+from cachefreeze.sides import Place
+from cachefreeze.splitting import Parts
 from cachefreeze.staging import Staging
 from cachefreeze.tracing import Example
 
@@ -96,23 +97,26 @@ class Following:
         self._left: int | None = None
         self._path: list[tuple[int, int]] = []
 
+    @property
+    def padded(self) -> frozenset[Place]:
+        """Input leaves and their dimensions in which samples of the first loader differ: so may those of the others."""
+        return self._followed[0].view.padded if self._followed else frozenset()
+
     def add(self, dataloader: DataLoader[Any], view: View, name: str | None, version: str | None) -> StagedLoader:
         """A loader whose batches follow the schedule; the first one's length is that of an epoch.
 
         Raises:
-            UsageError: Its samples have no size of their own that a moving boundary could be cut at.
+            LoaderError: It gives the model something else than the first one, and a boundary moves for all.
         """
-        if view.listed is not None and self._store != "off":
-            raise UsageError(
-                "samples that a collate function only lists (of a detector) are not cached under a schedule, whose "
-                "boundary moves; freeze for the whole run with cf.freeze, or use store='off'"
+        first = self._followed[0].view if self._followed else view
+        if view.kind != first.kind and self._store != "off":
+            raise LoaderError(
+                f"the batches of this loader give the model {view.kind}, those of the first one {first.kind}, and the "
+                "boundary moves for all loaders at once: use the same collate function and inputs, labels included, "
+                "for all of them, or pad to a fixed length"
             )
-        if view.ragged is not None and self._store != "off":
-            raise UsageError(
-                "samples of different lengths are not cached under a schedule, whose boundary moves; pad them to "
-                "one length in the collate function, or use store='off'"
-            )
-        self._staging.read(view.example().to(model_device(self._model)), partial(self._probe, view))
+        if not self._followed:  # samples of a further loader may be too few, or too much alike, to be an example
+            self._staging.read(view.example().to(model_device(self._model)), partial(self._probe, view))
         name = name if name is not None else next_name(followed.name for followed in self._followed)
         made = StagedLoader(dataloader)
         self._followed.append(_Followed(made, view, name, version))
@@ -189,7 +193,7 @@ class Following:
         """What the epochs under the schedule are made of."""
         loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
         view, device = loaders[0][1], model_device(self._model)
-        sizes = {b.name: b.bytes_per_sample for b in blocks(self._model, view.example().to(device))}
+        sizes = {block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)}
         largest = max((size for size in sizes.values() if size), default=0) * sum(seen.samples for _, seen in loaders)
         tier = measured_tier(self._store, largest, device)
         return measure(

@@ -8,7 +8,7 @@ that are only listed: the activations, and the item without the pixels of its im
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from typing import Any, final
@@ -85,11 +85,33 @@ class RowFormat(ABC):
         """What is stored for some samples: of their raw batch, and of the activations that the prefix made of it."""
 
     @abstractmethod
+    def activations(self, rows: Sequence[int], batch: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is stored of the activations alone that were made of the user's batch of some samples."""
+
+    def encode_again(
+        self, rows: Sequence[int], values: Mapping[str, Tensor], batch: Any, tensors: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """What is stored for activations that were made of stored rows; what lies beside these stays as it is.
+
+        Args:
+            rows: The samples.
+            values: Their stored rows, of the same view.
+            batch: What :meth:`decode` made of ``values``.
+            tensors: The activations.
+        """
+        made = self.activations(rows, batch, tensors)
+        return {**made, **{f.name: values[f.name] for f in self.fields if f.name not in made}}
+
+    @abstractmethod
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """What the suffix takes for ``rows``, and the user's batch in which it goes, both on ``device``.
 
         :meth:`assemble` joins them.
         """
+
+    def lists(self, batch: Any) -> tuple[Example, ...]:
+        """What suffix and segment take after the activations, of what :meth:`decode` returned: a detector's lists."""
+        return ()
 
     @abstractmethod
     def assemble(self, batch: Any, rows: Any) -> Any:
@@ -185,15 +207,13 @@ class UniformRows(RowFormat):
 
     def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Activations and fields."""
-        return self.encode_beside(rows, tensors, self.view.layout.field_tensors(raw))
+        beside = self.view.layout.field_tensors(raw)
+        names = (field.name for field in self.fields[len(self._codecs) :])
+        return {**self.activations(rows, None, tensors), **dict(zip(names, beside, strict=True))}
 
-    def encode_beside(
-        self, rows: Sequence[int], tensors: Sequence[Tensor], beside: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """What is stored for activations and for the fields beside them, as :meth:`decode` returns both."""
-        samples = torch.tensor(list(rows))
-        made = [codec.encode(tensor, samples) for codec, tensor in zip(self._codecs, tensors, strict=True)]
-        return {field.name: value for field, value in zip(self.fields, [*made, *beside], strict=True)}
+    def activations(self, rows: Sequence[int], batch: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One field each."""
+        return _encoded(self._codecs, rows, tensors)
 
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """Activations, and the fields."""
@@ -251,16 +271,13 @@ class RaggedRows(RowFormat):
     def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Activations of the content, and the bytes of the items."""
         data, batch = raw
+        return {**self.activations(rows, batch, tensors), "raw": _packed(data)}
+
+    def activations(self, rows: Sequence[int], batch: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Of the content."""
         given = self._samples.padded(batch, rows)
-        samples = torch.tensor(list(rows))
-        values = {}
-        for i, spec, codec in self._kept:
-            if dims_of(spec) is None:
-                values[codec.name] = codec.encode(tensors[i], samples)
-            else:
-                values[codec.name] = codec.encode(unpadded(spec, tensors[i], given), samples)
-        values["raw"] = _packed(data)
-        return values
+        kept = [tensors[i] if dims_of(spec) is None else unpadded(spec, tensors[i], given) for i, spec, _ in self._kept]
+        return _encoded([codec for _, _, codec in self._kept], rows, kept)
 
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """What the suffix takes, padded as the user's batch is, and that batch."""
@@ -311,9 +328,11 @@ class ListedRows(RowFormat):
 
     def encode(self, rows: Sequence[int], raw: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Activations, and the bytes of the items."""
-        samples = torch.tensor(list(rows))
-        made = {codec.name: codec.encode(t, samples) for codec, t in zip(self._codecs, tensors, strict=True)}
-        return {**made, "raw": _packed(raw[0])}
+        return {**self.activations(rows, None, tensors), "raw": _packed(raw[0])}
+
+    def activations(self, rows: Sequence[int], batch: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One field each."""
+        return _encoded(self._codecs, rows, tensors)
 
     def decode(self, rows: Tensor, values: dict[str, Tensor], device: torch.device) -> tuple[list[Tensor], Any]:
         """Activations, and the user's batch with sizes in place of images."""
@@ -321,10 +340,19 @@ class ListedRows(RowFormat):
         tensors = [codec.decode(send(values[codec.name], device)) for codec in self._codecs]
         return tensors, _sent(batch, device)
 
+    def lists(self, batch: Any) -> tuple[Example, ...]:
+        """With empty images of the sizes that they had."""
+        return (self._samples.given(batch),)
+
     def assemble(self, batch: Any, rows: Any) -> Any:
         """In the user's own batch, in the place of every list that the model consumes."""
-        given = rows.with_lists(self._samples.given(batch))
-        return self.view.layout.replace(batch, given.beside)
+        (lists,) = self.lists(batch)
+        return self.view.layout.replace(batch, rows.with_lists(lists).beside)
+
+
+def _encoded(codecs: Sequence[RowCodec], rows: Sequence[int], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    samples = torch.tensor(list(rows))
+    return {codec.name: codec.encode(tensor, samples) for codec, tensor in zip(codecs, tensors, strict=True)}
 
 
 def _read_back(samples: RaggedSamples, items: list[Any]) -> tuple[list[bytes], Any]:

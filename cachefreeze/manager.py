@@ -162,7 +162,7 @@ class CacheManager:
 
     def _new(self, name: str, view: View, where: str | Store | StoredRows, version: str) -> StoredRows:
         below = None if self._below is None else self._below._rows.get(name)
-        if below is None or self._segment is None or view.ragged is not None:
+        if below is None or self._segment is None:
             return StoredRows(self._prefix, name, view, where, version)
         return PromotedRows(self._prefix, name, view, where, version, below=below, segment=self._segment)
 
@@ -276,7 +276,7 @@ def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundar
         model: Frozen up to the boundary.
         view: The samples.
         autocast: Autocast dtype of the prefix; None: without.
-        boundary: To split at, of samples of one size; None: the first trainable block.
+        boundary: To split at; None: the first trainable block.
     """
     device = model_device(model)
     if view.ragged is None:
@@ -285,7 +285,7 @@ def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundar
             return split(model, example, boundary)
     batches = view.padded_batches(device)
     with under_autocast(device, autocast):
-        return split_padded(model, batches, view.layout.input_names)
+        return split_padded(model, batches, view.layout.input_names, boundary)
 
 
 def next_name(taken: Iterable[str]) -> str:

@@ -22,16 +22,17 @@ from cachefreeze.freezing import boundary_event, boundary_of
 from cachefreeze.inference import Optimized
 from cachefreeze.isolation import eval_mode, preserved_state
 from cachefreeze.loader import check_loader
-from cachefreeze.measuring import Measurement, Training, measure, measured_tier
+from cachefreeze.manager import split_on
+from cachefreeze.measuring import Measurement, Training, listed_blocks, measure, measured_tier
 from cachefreeze.measuring.steps import Optimizers
 from cachefreeze.optimized import OptimizedPrefix
 from cachefreeze.reporting import short_bytes
 from cachefreeze.running import NumericMode, forward_arguments, model_device
 from cachefreeze.samples import View
-from cachefreeze.splitting import Parts, blocks, split
+from cachefreeze.splitting import Parts
 from cachefreeze.stores.memory import free_device_bytes, free_host_bytes
 from cachefreeze.stores.opening import fitting_tier
-from cachefreeze.tracing import Example, Usage, record_usage
+from cachefreeze.tracing import Usage, record_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +250,8 @@ def plan(
     example = seen.example().to(device)
     usage = record_usage(model, example)
     boundary = boundary_of(model, usage)
-    listed = _with_boundary(blocks(model, example), boundary, model, usage)
-    found = {block.name: _crossing(model, example, block) for block in listed[1:]}
+    listed = _with_boundary(listed_blocks(model, seen), boundary, model, usage)
+    found = {block.name: _crossing(model, seen, autocast, block) for block in listed[1:]}
     sizes = {name: size for name, (size, _) in found.items()}
     tiers = {name: _tier(store, size * len(seen), device) for name, size in sizes.items() if size is not None}
     measured = measure(
@@ -282,7 +283,7 @@ def plan(
         optimized=None,
         seconds=0.0,
     )
-    made, parts = _verified(made, model, example)
+    made, parts = _verified(made, model, seen, autocast)
     if parts is not None and seen.ragged is None:
         made = replace(made, optimized=_optimized(made, parts, seen, measured, NumericMode(autocast)))
     return replace(made, seconds=time.perf_counter() - began)
@@ -297,11 +298,11 @@ def _with_boundary(listed: list[Block], boundary: str | None, model: nn.Module, 
     return [*before, Block(boundary, 0, None, None, (boundary,)), *listed[len(before) :]]
 
 
-def _verified(made: Plan, model: nn.Module, example: Example) -> tuple[Plan, Parts | None]:
+def _verified(made: Plan, model: nn.Module, view: View, autocast: torch.dtype | None) -> tuple[Plan, Parts | None]:
     """The plan with its advice verified: a listing shows what crosses, only a split that it suffices."""
     while (best := made.best) is not None:
         try:
-            return made, split(model, example, best.boundary)
+            return made, split_on(model, view, autocast, best.boundary)
         except CacheFreezeError as error:
             refused = replace(
                 best,
@@ -338,12 +339,14 @@ def _optimized(made: Plan, parts: Parts, seen: View, measured: Measurement, mode
     )
 
 
-def _crossing(model: nn.Module, example: Example, block: Block) -> tuple[int | None, str | None]:
+def _crossing(
+    model: nn.Module, view: View, autocast: torch.dtype | None, block: Block
+) -> tuple[int | None, str | None]:
     """Bytes of a row at a block, or why there can be none: what the listing could not cut is cut for good."""
     if block.bytes_per_sample is not None:
         return block.bytes_per_sample, None
     try:
-        return split(model, example, block.name).boundary.bytes_per_sample, None
+        return split_on(model, view, autocast, block.name).boundary.bytes_per_sample, None
     except CacheFreezeError as error:
         return None, str(error)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import CorruptRowError
-from cachefreeze.formats import UniformRows
 from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.row_source import Computed, PassCounts
 from cachefreeze.rows import FillReport, StoredRows, index_of
@@ -113,14 +112,12 @@ class PromotedRows(StoredRows):
             bad = list(dict.fromkeys(error.rows))
             good = [row for row in rows if row not in bad]
             return [self.compute(bad, self.fetch(bad)), *(self._promote(good) if good else [])]
-        tensors, fields = below.format.decode(index, values, self.prefix.device)
-        return [self.make(rows, lambda: self._through_segment(rows, tensors, fields))]
+        tensors, batch = below.format.decode(index, values, self.prefix.device)
 
-    def _through_segment(self, rows: Sequence[int], tensors: Sequence[Tensor], fields: Sequence[Tensor]) -> Computed:
-        with torch.no_grad(), autocast(self.prefix.device, self.prefix.mode.autocast):
-            made = self._segment(*tensors)
-        specs = self.prefix.parts.boundary.tensors
-        kept = [tensor.narrow(spec.batch_dim, 0, len(rows)) for tensor, spec in zip(as_tuple(made), specs, strict=True)]
-        assert isinstance(self.format, UniformRows)  # samples of different lengths are not promoted
-        values = self.format.encode_beside(rows, kept, [field[: len(rows)] for field in fields])
-        return Computed(tuple(rows), values)
+        def made() -> Computed:
+            with torch.no_grad(), autocast(self.prefix.device, self.prefix.mode.autocast):
+                deeper = as_tuple(self._segment(*tensors, *below.format.lists(batch)))
+            encoded = self.format.encode_again(index.tolist(), values, batch, deeper)
+            return Computed(tuple(rows), {name: value[: len(rows)] for name, value in encoded.items()})
+
+        return [self.make(rows, made)]

@@ -19,10 +19,11 @@ from cachefreeze.fingerprint import digest
 from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.listed_samples import ListedSamples, measure_lists
-from cachefreeze.padding import Padded
+from cachefreeze.padding import Padded, input_leaves
 from cachefreeze.probing import check_deterministic, collated
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.sample_keys import Keyed, described, keyed, listed_labels
+from cachefreeze.sides import Place
 from cachefreeze.tracing import Example
 from cachefreeze.variants import Turns, Variants, draw_variants
 
@@ -60,7 +61,7 @@ class View:
         assume_deterministic: bool = False,
         variants: int | None = None,
         seed: int = 0,
-        padded: frozenset[tuple[int, int]] = frozenset(),
+        padded: frozenset[Place] = frozenset(),
     ) -> View:
         """Take the samples of a DataLoader, or of ``view``, and refuse what no single row can stand for.
 
@@ -72,7 +73,7 @@ class View:
             assume_deterministic: Skip the probe for randomness.
             variants: Seeded draws of every sample in place of one.
             seed: Of the draws.
-            padded: Input leaves and their dimensions that are known to be padded.
+            padded: Input leaves and their dimensions that are known to be padded in other loaders.
         """
         if variants is not None:
             if view is not None or assume_deterministic:
@@ -94,6 +95,8 @@ class View:
             items = measure_lists(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset))
             return cls(dataset, collate, layout, listed=items)
         layout = BatchLayout(batch, inputs, arguments, stored=False)
+        dims = [leaf.dim() if isinstance(leaf, Tensor) else 0 for leaf in input_leaves(layout.example(batch))]
+        padded = frozenset((leaf, dim) for leaf, dim in padded if leaf < len(dims) and dim < dims[leaf])
         padded |= varying(lambda index: collate_samples(dataset, collate, [index]), layout, len(dataset))
         if padded:
             samples = measure(lambda some: fetch_samples(dataset, some), collate, layout, len(dataset), padded)
@@ -128,6 +131,18 @@ class View:
     def samples(self) -> int:
         """How many samples there are; each has one row, or as many as it has variants."""
         return len(self) if self.turns is None else self.turns.samples
+
+    @property
+    def padded(self) -> frozenset[Place]:
+        """Input leaves and their dimensions in which samples differ."""
+        return frozenset() if self.ragged is None else frozenset(p for axis in self.ragged.axes for p in axis.places)
+
+    @property
+    def kind(self) -> str:
+        """What batches give the model: all loaders of a split give it the same."""
+        if self.listed is not None:
+            return "lists with one entry a sample"
+        return "samples of one shape" if self.ragged is None else f"{', '.join(self.layout.input_names)}, padded"
 
     def fetch(self, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None = None) -> Any:
         """The collated raw batch of some samples. Random states are as before afterwards.

@@ -49,9 +49,14 @@ class Sides:
         return False not in self._possible
 
     def has_mask(self, *, left: bool) -> bool:
-        """Whether one of the inputs is a padding mask: ones on the content, then zeros, padded with zeros."""
+        """Whether one of the inputs is a padding mask: ones on the content, then zeros, padded with zeros.
+
+        That of an empty sample has no ones; one of them must have some.
+        """
         return any(
-            self.values.get(place) == 0.0 and bool(rows) and all(_is_mask(row, left=left) for row in rows)
+            self.values.get(place) == 0.0
+            and any(bool(row.any()) for row in rows)
+            and all(_is_mask(row, left=left) for row in rows)
             for place, rows in self._rows.items()
         )
 
@@ -72,8 +77,8 @@ class Sides:
 
 
 def _is_mask(row: Tensor, *, left: bool) -> bool:
-    if row.dim() != 1 or not len(row) or row.dtype.is_complex:
+    if row.dim() != 1 or row.dtype.is_complex:
         return False
     from_content = row.flip(0) if left else row
     ones = int((from_content == 1).sum())
-    return ones > 0 and bool((from_content[:ones] == 1).all()) and bool((from_content[ones:] == 0).all())
+    return bool((from_content[:ones] == 1).all()) and bool((from_content[ones:] == 0).all())

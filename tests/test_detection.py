@@ -302,8 +302,45 @@ def test_one_engine_takes_lists_or_tensors(trained):
         engine.loader(DataLoader(images, 2))
 
 
-def test_a_schedule_refuses_lists():
-    """The boundary of a schedule moves, and rows of a detector go with the lists of their batch."""
-    engine = cf.Engine(ssdlite(), "host", schedule=cf.FreezeOut())
-    with pytest.raises(UsageError, match="a collate function only lists"):
-        engine.loader(DataLoader(Photos(), 2, collate_fn=listed), inputs=(0, 1))
+class Scored(Looking):
+    """Two layers that a schedule freezes one after the other, and an output that the targets are part of."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, images, targets):
+        images, targets = self.transform(images, targets)
+        scores = torch.stack([1 + target["boxes"].sum() / 100 for target in targets])
+        return self.layer(self.middle(self.frozen(images.tensors)).relu()) * scores[:, None, None, None]
+
+
+@pytest.mark.parametrize("make", [Scored, pytest.param(ssdlite, marks=pytest.mark.slow)])
+def test_lists_under_a_schedule(make):
+    """The cache follows the boundary; its rows are promoted, and losses are those of the run without it."""
+    stages = [{"epochs": 1}, {"train_from": "middle", "epochs": 2}, {"train_from": "layer"}]
+    stages = stages if make is Scored else [{"epochs": 1}, {"train_from": "head"}]
+
+    def run(store):
+        torch.manual_seed(0)
+        model = make()
+        engine = cf.Engine(model, store, schedule=cf.Stages(stages), moves="always")
+        loader = DataLoader(Photos(), 3, shuffle=True, generator=torch.Generator().manual_seed(0), collate_fn=listed)
+        loader = engine.loader(loader, inputs=(0, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses, seen = [], []
+        model.train()
+        for _ in engine.epochs(2 * len(stages) - 1):
+            for images, targets in loader:
+                found = engine(images, targets)
+                loss = sum(found.values()) if isinstance(found, dict) else found.square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            seen.append((loader.source, loader.counts.promoted))
+        return losses, seen
+
+    (got, seen), (expected, _) = run("host"), run("off")
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert seen == [("live", 0), ("fill", 0), ("cached", 0), ("fill", len(SIZES)), ("cached", 0)][: len(seen)]

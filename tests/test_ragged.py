@@ -99,6 +99,20 @@ def test_stores_hold_true_lengths(tmp_path, pad):
     assert true_bytes <= path.stat().st_size <= 1.05 * true_bytes
 
 
+@pytest.mark.parametrize("least", [0, 1], ids=["no steps", "padding alone"])
+def test_an_empty_text_hides_no_mask(least):
+    """Its mask has no ones; what ``pad_to_multiple_of`` adds to the others is padding all the same."""
+    data = Texts(50, lengths=[0, *(8 + i % 30 for i in range(49))])
+
+    def collate(items):
+        longest = max(len(item["ids"]) for item in items)
+        return replace(Pad(multiple=8), fixed=max(longest, least))(items)
+
+    engine, _ = cached(case=Case(partial(Reader, width=128), collate), data=data)
+    true_bytes = sum(data.lengths) * 128 * 4
+    assert true_bytes <= engine.cache.nbytes <= 1.03 * true_bytes
+
+
 @pytest.mark.parametrize("persistent", [None, False, True])
 def test_order_draws_and_batches_are_the_dataloaders(persistent):
     """Everything but what the model consumes is the very batch that the DataLoader would have made, in its order."""

@@ -453,21 +453,3 @@ def test_the_model_is_left_with_its_random_states():
         pass
     expected = torch.Generator().manual_seed(3)
     assert torch.equal(torch.rand(3), torch.rand(3, generator=expected)), "a move of the boundary draws nothing"
-
-
-def test_samples_of_different_lengths_are_refused_under_a_schedule():
-    class Lengths(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, index):
-            return torch.ones(3 + index % 4, 6), index % 3
-
-    def pad(samples):
-        return nn.utils.rnn.pad_sequence([x for x, _ in samples], batch_first=True), torch.tensor(
-            [y for _, y in samples]
-        )
-
-    engine = cf.Engine(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), "host", schedule=cf.AllButLast(1))
-    with pytest.raises(UsageError, match="of different lengths are not cached under a schedule"):
-        engine.loader(DataLoader(Lengths(), 4, collate_fn=pad))

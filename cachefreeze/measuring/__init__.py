@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cachefreeze.blocks import Block
 from cachefreeze.fingerprint import state_tensors, tensors_digest
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.measuring.forwards import block_forwards, wait
@@ -19,10 +20,11 @@ from cachefreeze.measuring.steps import Optimizers, training_steps
 from cachefreeze.moves import Costs
 from cachefreeze.ragged import evenly
 from cachefreeze.running import autocast, model_device
-from cachefreeze.samples import View
+from cachefreeze.samples import View, fetch_samples
+from cachefreeze.splitting import blocks, blocks_padded
 from cachefreeze.tracing import Usage, record_usage
 
-__all__ = ["FirstLook", "Measurement", "Speed", "Training", "first_look", "measure", "measured_tier"]
+__all__ = ["FirstLook", "Measurement", "Speed", "Training", "first_look", "listed_blocks", "measure", "measured_tier"]
 
 # One forward, and one fetch, that are measured take about this long at most: a larger batch is measured by a part.
 _BATCH_SECONDS = 0.25
@@ -46,7 +48,8 @@ class Measurement:
         batches: Likewise.
         forward: Seconds a sample in each block, in eval mode without gradients.
         fetch: Seconds a sample for the raw batch: decoding, collating; what workers hide left out.
-        row_bytes: Of a row at each boundary, with the fields beside it.
+        collate: Seconds a sample to collate stored items anew, as every pass does with some samples; else 0.
+        row_bytes: Of a row at each boundary, with the fields beside it; of the mean length, where that differs.
         steps: Seconds a batch of one training step from each block on; empty where it was not asked for.
         speeds: Of each tier.
         passing: Seconds at the beginning of every pass over rows at each boundary: weights are digested.
@@ -60,6 +63,7 @@ class Measurement:
     batches: int
     forward: tuple[float, ...]
     fetch: float
+    collate: float
     row_bytes: tuple[int, ...]
     steps: tuple[float, ...]
     speeds: Mapping[str, Speed]
@@ -79,7 +83,7 @@ class Measurement:
             forward=tuple(self.samples * seconds for seconds in self.forward),
             fetch=self.samples * self.fetch,
             read=tuple(
-                beginning + self.batches * speed.read_batch + self.samples * size * speed.read_byte
+                beginning + self.batches * speed.read_batch + self.samples * (size * speed.read_byte + self.collate)
                 for size, beginning in zip(self.row_bytes, self.passing, strict=True)
             ),
             write=tuple(self.batches * speed.write_batch + self.samples * n * speed.write_byte for n in self.row_bytes),
@@ -145,6 +149,15 @@ def first_look(model: nn.Module, view: View, autocast_dtype: torch.dtype | None 
     return FirstLook(time.perf_counter() - began, recording, fetch)
 
 
+def listed_blocks(model: nn.Module, view: View) -> list[Block]:
+    """The blocks, with the bytes of a row at each; of the mean length, where samples have different ones."""
+    device = model_device(model)
+    if view.ragged is None:
+        return blocks(model, view.example().to(device))
+    (longer, _), (shorter, _), *_ = view.padded_batches(device)
+    return blocks_padded(model, longer, shorter, view.ragged.lengths)
+
+
 def measure(
     model: nn.Module,
     usage: Usage,
@@ -193,7 +206,8 @@ def measure(
             target = _target(view, few, wanted, count, device)
             steps = training_steps(model, usage, names, example, target, training.loss_fn, training.optimizer)
             steps = [seconds * (dataloader.batch_size or wanted) / wanted for seconds in steps]
-    beside = sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
+    collate, beside = _kept_raw(view, _spread(len(view), count))
+    beside += sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
     known = row_bytes or {}
     sizes = [known.get(name) or entered for name, entered in zip(names, entering, strict=True)]
     per_sample = [seconds / wanted for seconds in forward]
@@ -203,6 +217,7 @@ def measure(
         batches=sum(len(loader) for loader, _ in loaders),
         forward=tuple(per_sample),
         fetch=_exposed(fetch, dataloader.num_workers, sum(per_sample)),
+        collate=collate,
         row_bytes=tuple(size + beside for size in sizes),
         steps=tuple(steps),
         speeds={tier: speed_of(tier, device, limit) for tier in tiers},
@@ -219,6 +234,23 @@ def _fetched(view: View, limit: int, each: float) -> tuple[Any, float]:
     began = time.perf_counter()
     raw = view.fetch(rows)
     return raw, (time.perf_counter() - began) / len(rows)
+
+
+def _kept_raw(view: View, rows: list[int]) -> tuple[float, int]:
+    """Of samples whose items are kept raw: seconds a sample to make a batch of them, and bytes of one."""
+    if view.ragged is None and view.listed is None:
+        return 0.0, 0
+    items = fetch_samples(view.dataset, rows)
+    if view.ragged is not None:
+        data = [view.ragged.codec.encode(item) for item in items]
+        collate, sizes = view.ragged.batch, view.ragged.item_bytes
+    else:
+        assert view.listed is not None
+        data = [view.listed.encode(item) for item in items]
+        collate, sizes = view.listed.batch_of_sizes, view.listed.item_bytes
+    began = time.perf_counter()
+    collate(data)
+    return (time.perf_counter() - began) / len(rows), round(float(sizes.double().mean()))
 
 
 def _spread(samples: int, count: int) -> list[int]:

@@ -101,6 +101,7 @@ class _Stored:
         self._mode = NumericMode(None)
 
     settled = True  # after a fill the loader asks no more which rows are absent
+    on_disk = False
 
     def check(self) -> None:
         """Nothing changes here."""
@@ -108,6 +109,9 @@ class _Stored:
     def in_turn(self, batches: Iterator[Sequence[int]], epoch: int) -> Iterator[Sequence[int]]:
         """Rows stand for samples of the same index."""
         return batches
+
+    def expect(self, samples: Sequence[int], epoch: int) -> None:
+        """Of the order here nobody knows more than the next batch."""
 
     def lane(self) -> None:
         """What a read costs is asked for, so none is hidden behind a step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ from cachefreeze.isolation import evaluating, preserved_buffers, preserved_param
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, as_tuple
-from cachefreeze.splitting.costs import blocks
+from cachefreeze.splitting.costs import blocks, blocks_padded
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
 from cachefreeze.splitting.planner import check_reads
@@ -34,7 +34,7 @@ from cachefreeze.splitting.segment import make_segment
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
-__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "split", "split_padded"]
+__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "blocks_padded", "split", "split_padded"]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
@@ -56,6 +56,8 @@ class Parts(Uncopied):
         frozen_after: Names of frozen parameters that lie behind trainable ones, so that the cache spares them nothing.
         origin: Where the model was cut, and the inputs that the split was verified with.
         inputs: Names of the leaves of the model's inputs, where samples have different lengths.
+        batches: Padded batches that the split was verified with, and the samples in them; where these have different
+            lengths.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class Parts(Uncopied):
     frozen_after: tuple[str, ...]
     origin: tuple[Site, Example] = field(repr=False)
     inputs: tuple[str, ...] = ()
+    batches: tuple[tuple[Padded, Sequence[int]], ...] = field(repr=False, default=())
 
     @property
     def padded(self) -> frozenset[tuple[int, int]]:
@@ -94,8 +97,8 @@ class Parts(Uncopied):
             deeper: ``split(model, example_inputs, train_from=…)`` at the deeper boundary.
 
         Returns:
-            A module: one tensor per tensor of this boundary -> what ``deeper.prefix`` returns. It runs in eval mode
-            without gradients, and may write into the rows it is given.
+            A module: one tensor per tensor of this boundary, and after them a detector's lists -> what
+            ``deeper.prefix`` returns. It runs in eval mode without gradients, and may write into the rows it is given.
 
         Raises:
             SplitError: ``deeper`` is not deeper, or of another model, or needs what rows here do not hold.
@@ -157,30 +160,34 @@ def _first_verified(site: Site, example: Example) -> Parts:
 
 
 def split_padded(
-    model: nn.Module, batches: Sequence[tuple[Padded, Sequence[int]]], inputs: tuple[str, ...] = ()
+    model: nn.Module,
+    batches: Sequence[tuple[Padded, Sequence[int]]],
+    inputs: tuple[str, ...] = (),
+    train_from: str | None = None,
 ) -> Parts:
     """:func:`split` for samples of different lengths: rows hold content alone, raw inputs are given with them.
 
     Only the replay executor cuts here: a traced graph has the padded length of its example in it.
 
     Args:
-        model: As for :func:`split`; the boundary is read from ``requires_grad``.
+        model: As for :func:`split`.
         batches: Padded batches and the samples in them: of at least three samples, then of two and padded less, then
             any others. Some samples are in several of them.
         inputs: Names of the leaves of the model's inputs: rows are given with these, in this order.
+        train_from: As for :func:`split`.
 
     Raises:
         FreezeError, SplitError: As for :func:`split`.
         BatchDependentError: A row depends on how far its batch is padded.
     """
-    site, example = _located(model, batches[0][0].example, None)
+    site, example = _located(model, batches[0][0].example, train_from)
     executor = ReplayExecutor()
     with preserved_parameters(site.written):
         with preserved_buffers(site.model.modules()):
             cut = executor.cut(site, example, batches[1][0].example)
         verify(cut, site, example)
         verify_padded(cut, site, batches)
-        return _parts(cut, site, example, executor.name, inputs)
+        return replace(_parts(cut, site, example, executor.name), inputs=inputs, batches=tuple(batches))
 
 
 def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
@@ -206,7 +213,7 @@ def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> t
     return site, example
 
 
-def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[str, ...] = ()) -> Parts:
+def _parts(cut: Cut, site: Site, example: Example, executor: str) -> Parts:
     model = site.model
     _tell_of_hooks(site)
     return Parts(
@@ -218,7 +225,6 @@ def _parts(cut: Cut, site: Site, example: Example, executor: str, inputs: tuple[
         cached_fraction=_cached_fraction(cut, model, example),
         frozen_after=tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen),
         origin=(site, example),
-        inputs=inputs,
     )
 
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cachefreeze.blocks import Block, list_blocks
 from cachefreeze.errors import SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.isolation import evaluating, preserved_parameters
 from cachefreeze.listed import example_of
+from cachefreeze.padding import Padded
 from cachefreeze.splitting.planner import compare, minimum_cut
 from cachefreeze.splitting.recording import OpenInstead, Rules, open_as_needed, record
 from cachefreeze.splitting.values import Recording
@@ -32,13 +33,41 @@ def blocks(model: nn.Module, example_inputs: Any = None) -> list[Block]:
     """
     if example_inputs is None:
         return list_blocks(model, usage_of(model))
-    example = example_of(model, example_inputs)
+    return _with_costs(model, example_of(model, example_inputs))
+
+
+def blocks_padded(model: nn.Module, longer: Padded, shorter: Padded, lengths: Tensor) -> list[Block]:
+    """:func:`blocks` for samples of different lengths: bytes are those of a row of the mean length.
+
+    The model's inputs are kept in any case, so that they are none of a row's bytes.
+
+    Args:
+        model: As for :func:`blocks`.
+        longer: A batch of at least two samples.
+        shorter: Another one that is padded less.
+        lengths: (samples, axes) how much of each sample is content.
+    """
+    # what follows a length grows with it, whatever else is kept does not
+    long, short = (sum(axis.size(batch.example) for axis in batch.axes) for batch in (longer, shorter))
+    share = (float(lengths.sum(dim=1).double().mean()) - short) / (long - short)
+
+    def mean(a: int | None, b: int | None) -> int | None:
+        return None if a is None or b is None else round(b + share * (a - b))
+
+    listed = (_with_costs(model, batch.example, inputs_kept=True) for batch in (longer, shorter))
+    return [
+        replace(block, bytes_per_sample=mean(block.bytes_per_sample, other.bytes_per_sample))
+        for block, other in zip(*listed, strict=True)
+    ]
+
+
+def _with_costs(model: nn.Module, example: Example, *, inputs_kept: bool = False) -> list[Block]:
     usage = usage_of(model, example)
     listed = list_blocks(model, usage)
     calls = {block.name: call for block in listed if (call := usage.first_call_of(model, block.name))}
     with preserved_parameters(model.get_parameter(name) for name in usage.writes):
         shares = _forward_before(model, example, calls)
-        crossing = _crossing_bytes(model, example, usage, calls)
+        crossing = _crossing_bytes(model, example, usage, calls, inputs_kept=inputs_kept)
     return [
         replace(block, bytes_per_sample=crossing.get(block.name), forward_before=shares.get(block.name))
         for block in listed
@@ -64,7 +93,9 @@ def _forward_before(model: nn.Module, example: Example, calls: dict[str, Call]) 
     return {name: flops / counter.total for name, flops in spent.items()} if counter.total else {}
 
 
-def _crossing_bytes(model: nn.Module, example: Example, usage: Usage, calls: dict[str, Call]) -> dict[str, int]:
+def _crossing_bytes(
+    model: nn.Module, example: Example, usage: Usage, calls: dict[str, Call], *, inputs_kept: bool
+) -> dict[str, int]:
     """Bytes of a row at each block, from one recording in which all blocks are closed."""
     starts = {call.start: name for name, call in calls.items()}
 
@@ -75,11 +106,13 @@ def _crossing_bytes(model: nn.Module, example: Example, usage: Usage, calls: dic
     recording = _record_alike(model, example, rules)
     if recording is None:
         return {}
+    inputs = {v.place for v in recording.values if inputs_kept and v.place is not None and v.place[0] == "input"}
     found = {}
     for name in recording.boundaries:
-        kept, _, obstacle = minimum_cut(recording, name)
+        kept, _, obstacle = minimum_cut(recording, name, inputs)
         if obstacle is None:
-            specs = (recording.values[number].spec for number in kept)
+            values = (recording.values[number] for number in kept)
+            specs = (value.spec for value in values if value.place not in inputs)
             found[name] = sum(spec.bytes_per_sample for spec in specs if spec is not None)
     return found
 

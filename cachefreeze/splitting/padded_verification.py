@@ -115,13 +115,16 @@ def _check_rows(cut: Cut, site: Site, batches: Sequence[tuple[Padded, Sequence[i
                     )
 
 
-def _zeroed(cut: Cut, batch: Padded) -> list[Tensor]:
+def as_stored(specs: Sequence[BoundaryTensor], made: Sequence[Tensor], batch: Padded) -> list[Tensor]:
     """Rows as a store would give them back: content, and zeros for padding."""
-    made = rows_of(cut.prefix, batch.example.fresh())
     return [
         tensor if spec.input is not None else padded(spec, unpadded(spec, tensor, batch), batch)
-        for spec, tensor in zip(cut.tensors, made, strict=True)
+        for spec, tensor in zip(specs, made, strict=True)
     ]
+
+
+def _zeroed(cut: Cut, batch: Padded) -> list[Tensor]:
+    return as_stored(cut.tensors, rows_of(cut.prefix, batch.example.fresh()), batch)
 
 
 def _compare_training(cut: Cut, site: Site, batch: Padded, real: _Content) -> None:

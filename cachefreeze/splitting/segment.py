@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from cachefreeze.errors import SplitError
 from cachefreeze.isolation import eval_mode, preserved_state
 from cachefreeze.splitting.boundary import Uncopied, as_returned, as_tuple, rows_of
 from cachefreeze.splitting.fx_segment import fx_segment
+from cachefreeze.splitting.padded_verification import as_stored
 from cachefreeze.splitting.planner import Plan, plan
 from cachefreeze.splitting.replay_prefix import Notes, Reached, ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -25,7 +27,8 @@ class Segment(Uncopied, nn.Module):
     """What lies between two boundaries: the model's own forward, from the rows of one to the rows of the other.
 
     Shapes:
-        rows: One tensor per tensor of the shallower boundary -> one tensor, or a tuple, of the deeper boundary.
+        rows: One tensor per tensor of the shallower boundary, and after them a detector's lists -> one tensor, or a
+            tuple, of the deeper boundary.
     """
 
     def __init__(self, shallower: Parts, deeper: Parts) -> None:
@@ -33,6 +36,7 @@ class Segment(Uncopied, nn.Module):
         site, example = shallower.origin
         end = deeper.origin[0]
         before, after = plan_of(shallower), plan_of(deeper)
+        self._count = len(shallower.boundary.tensors)
         self._taken = _matched(shallower, before, "taken")
         self._given = _matched(deeper, after, "made")
         self._notes = Notes(after)
@@ -44,7 +48,7 @@ class Segment(Uncopied, nn.Module):
         self.__dict__["_suffix"] = ReplaySuffix(site, before, example, around)
         self.__dict__["_model"] = site.model
 
-    def forward(self, *rows: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *rows: Any) -> Tensor | tuple[Tensor, ...]:
         """Run what lies between, in eval mode and without gradients; rows may be written into."""
         suffix: ReplaySuffix = self.__dict__["_suffix"]
         model: nn.Module = self.__dict__["_model"]
@@ -52,7 +56,7 @@ class Segment(Uncopied, nn.Module):
         notes.begin()
         kept = [rows[at] for at in self._taken]
         with eval_mode(model), preserved_state(model), torch.no_grad(), suppress(Reached):
-            suffix.run(kept, see_inputs=notes.inputs)
+            suffix.run(kept, see_inputs=notes.inputs, given=rows[self._count :])
         found, tensors = notes.found, self._after.tensors
         notes.begin()
         if len(found) < len(tensors):
@@ -68,7 +72,7 @@ def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
         SplitError: The two are not splits of one model, the second is not deeper, or the rows of the first do not hold
             what the second needs.
     """
-    (site, example), (end, _) = shallower.origin, deeper.origin
+    site, end = shallower.origin[0], deeper.origin[0]
     if site.model is not end.model:
         raise SplitError("segment_to() takes a split of the same model object; split both from one model")
     if end.event <= site.event:
@@ -76,19 +80,29 @@ def make_segment(shallower: Parts, deeper: Parts) -> nn.Module:
             f"segment_to({end.name!r}): expected a boundary deeper than {site.name!r}; rows are made in the order of "
             "the forward, so a shallower boundary is filled from the samples"
         )
-    if example.beside:
-        raise SplitError("segment_to(): a detector's rows go with the lists of their batch; fill the deeper boundary")
     segment = _between(shallower, deeper)
-    for count in (2, 3):
-        some = example.take([i % example.batch for i in range(count)])
-        rows = rows_of(shallower.prefix, some.fresh())
-        got, wanted = as_tuple(segment(*rows)), as_tuple(some.fresh().call(deeper.prefix))
+    for got, wanted in _made(segment, shallower, deeper):
         if not all(close_rows(a, b) for a, b in zip(wanted, got, strict=True)):
             raise SplitError(
                 f"rows at {end.name!r} that are made from rows at {site.name!r} are not those made from the samples; "
                 "fill the deeper boundary from the samples"
             )
     return segment
+
+
+def _made(segment: nn.Module, shallower: Parts, deeper: Parts) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """Rows of the deeper boundary: as the segment makes them, and as they are made from the samples."""
+    example = shallower.origin[1]
+    if not shallower.batches:
+        for count in (2, 3):
+            some = example.take([i % example.batch for i in range(count)])
+            rows = rows_of(shallower.prefix, some.fresh())
+            yield as_tuple(segment(*rows, *some.beside)), as_tuple(some.fresh().call(deeper.prefix))
+    for batch, _ in shallower.batches:
+        rows = as_stored(shallower.boundary.tensors, rows_of(shallower.prefix, batch.example.fresh()), batch)
+        made = as_tuple(segment(*rows)), as_tuple(batch.example.fresh().call(deeper.prefix))
+        got, wanted = (as_stored(deeper.boundary.tensors, tensors, batch) for tensors in made)
+        yield got, wanted
 
 
 def _between(shallower: Parts, deeper: Parts) -> nn.Module:
