@@ -25,6 +25,7 @@ from cachefreeze.inference import relative_error
 from cachefreeze.isolation import RandomState
 from cachefreeze.portions import Portions
 from cachefreeze.splitting import BoundaryTensor
+from cachefreeze.testing.ragged import Pad, Running, Texts
 from cachefreeze.tracing import Example
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -157,6 +158,38 @@ def test_training_agrees_with_no_cache(tier, tmp_path):
     for (name, a), (_, b) in zip(reference.model.named_buffers(), model.named_buffers(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4), name
     assert torch.equal(model.stem[1].running_mean, made().stem[1].running_mean)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_rows_of_different_lengths_are_promoted(tier, tmp_path):
+    """Under a schedule, through a move: the losses of the run without a cache."""
+    stages = [{"train_from": "blocks.1", "epochs": 2}, {"train_from": "blocks.3"}]
+
+    def run(store):
+        torch.manual_seed(0)
+        model = Running().cuda()
+        engine = cf.Engine(model, store, schedule=cf.Stages(stages), moves="always")
+        pad = Pad(labels="tags", multiple=4, positions=True)
+        batches = engine.loader(
+            DataLoader(Texts(COUNT), BATCH, shuffle=True, generator=torch.Generator().manual_seed(1), collate_fn=pad)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        losses, seen = [], []
+        for _ in engine.epochs(4):
+            for batch in batches:
+                loss = engine(**batch)["loss"]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            seen.append((batches.source, batches.counts.promoted))
+        engine.close()
+        return torch.stack(losses), seen
+
+    wanted, _ = run("off")
+    got, seen = run(store_of(tier, tmp_path))
+    assert seen == [("fill", 0), ("cached", 0), ("fill", COUNT), ("cached", 0)]
+    assert torch.allclose(got, wanted, rtol=LOSS_TOLERANCE, atol=0)
 
 
 def test_hdf5_is_reused_by_a_cuda_model(tmp_path):

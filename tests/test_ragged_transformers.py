@@ -144,20 +144,21 @@ CASES = {
 }  # fmt: skip
 
 
-def train(case, store):
-    """Losses of three epochs, in each of which every step starts from equal weights in both runs."""
+def train(case, store, schedule=None, epochs=2):
+    """Losses of every step, and each epoch's source; frozen for the whole run, or by a schedule."""
     make, kind, side, collator, boundary = CASES[case]
     torch.manual_seed(0)
     model = make()
     tokenizer = make_tokenizer(side)
     data, collate = Sentences(kind, tokenizer), collator(tokenizer)
-    cf.freeze(model, boundary, example_inputs=dict(collate([data[0], data[1]])))
-    engine = cf.Engine(model, store)
+    if schedule is None:
+        cf.freeze(model, boundary, example_inputs=dict(collate([data[0], data[1]])))
+    engine = cf.Engine(model, store, schedule=schedule, moves="always")
     torch.manual_seed(1)
     loader = engine.loader(DataLoader(data, 4, shuffle=True, collate_fn=collate))
     step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
     losses, sources = [], []
-    for _ in engine.epochs(2):
+    for _ in engine.epochs(epochs):
         model.train()
         for batch in loader:
             loss = engine(**batch).loss
@@ -165,7 +166,8 @@ def train(case, store):
             loss.backward()
             step.step()
             losses.append(loss.item())
-        sources.append(loader.source)
+        promoted = 0 if store == "off" else loader.counts.promoted
+        sources.append("promoted" if promoted == len(data) else loader.source)
     engine.close()
     return losses, sources
 
@@ -180,6 +182,23 @@ def test_losses_are_those_without_a_cache(case):
     expected, _ = train(case, "off")
     got, sources = train(case, "host")
     assert sources == ["fill", "cached"]
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "then"),
+    [
+        ("BERT, multiples of 8", "bert.encoder.layer.1", "bert.pooler"),
+        ("GPT-2, left with positions", "transformer.h.0", "transformer.h.2"),
+        pytest.param("T5", "encoder.block.1", "decoder.block.1", marks=pytest.mark.slow),
+    ],
+)
+def test_staged_losses_are_those_without_a_cache(case, first, then):
+    """Rows of the deeper boundary are made of the shallower one's, whatever these hold beside activations."""
+    schedule = [{"train_from": first, "epochs": 2}, {"train_from": then}]
+    expected, _ = train(case, "off", cf.Stages(schedule), 4)
+    got, sources = train(case, "host", cf.Stages(schedule), 4)
+    assert sources == ["fill", "cached", "promoted", "cached"]
     assert got == pytest.approx(expected, rel=1e-5)
 
 

@@ -43,7 +43,11 @@ STAGES = [
     {"train_from": "head", "epochs": 1},
     {"train_from": "blocks.2"},  # thaws again
 ]
-SCHEDULES = {"stages": lambda: cf.Stages(STAGES), "freezeout": lambda: cf.FreezeOut(0.4, "linear")}
+SCHEDULES = {
+    "stages": lambda: cf.Stages(STAGES),
+    "freezeout": lambda: cf.FreezeOut(0.4, "linear"),
+    "plasticity": lambda: cf.Plasticity(window=2, threshold=0.9, patience=1, checks=4),
+}
 
 
 def train(store, schedule, pad, *, epochs=8):
@@ -80,6 +84,7 @@ def train(store, schedule, pad, *, epochs=8):
         ("stages", Pad(labels="tags", multiple=8), "hdf5"),
         ("stages", Pad(labels="tags", left=True, positions=True), "hdf5"),
         ("freezeout", Pad(labels="tags", multiple=4), "host"),
+        ("plasticity", Pad(labels="tags", multiple=4), "host"),
     ],
 )
 def test_a_staged_run_with_a_cache_is_the_run_without(schedule, pad, store, tmp_path):
