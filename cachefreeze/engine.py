@@ -24,7 +24,7 @@ from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
 from cachefreeze.judging import Judgement, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, PassingLoader, StagedLoader, check_loader
-from cachefreeze.manager import CacheManager, split_on
+from cachefreeze.manager import CacheManager, recorded, split_at
 from cachefreeze.moves import Move
 from cachefreeze.row_source import Rows
 from cachefreeze.running import NumericMode, forward_arguments, model_device
@@ -183,8 +183,7 @@ class Engine:
         if self._judged is not None and not self._judged.pays and view is None and variants is None:
             return self._passing(dataloader)
         if self.cache is None:
-            example = seen.example().to(model_device(self.model))
-            usage = record_usage(self.model, example)
+            example, usage = recorded(self.model, seen, self._autocast)
             self.boundary = boundary_of(self.model, usage)
             if self.boundary is None:
                 return self._passing(dataloader)
@@ -193,7 +192,7 @@ class Engine:
                 self._judged = self._judge(usage, self.boundary, dataloader, seen)
                 if not self._judged.pays:
                     return self._passing(dataloader)
-            self.parts = split_on(self.model, seen, self._autocast)
+            self.parts = split_at(self.model, seen, example, usage, self._autocast)
             self.cache = self._make(self.parts)
         self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
         return self._cached[-1]
