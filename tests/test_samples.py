@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError, UsageError
 from cachefreeze.isolation import RandomState
 from cachefreeze.probing import view_line
+from cachefreeze.sample_keys import _file_facts
 
 
 def make_model():
@@ -144,3 +146,22 @@ def test_the_line_to_paste_comes_from_the_users_pipeline():
     )
     names = {name: getattr(transforms, name) for name in ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize")}
     assert len(eval(line.removeprefix("view="), names).transforms) == 4  # what is pasted must run
+
+
+@pytest.mark.parametrize("root", ["", "a", "a/", "./a", ".", "/", None])
+@pytest.mark.parametrize(
+    "name", ["b.jpg", "a/b.jpg", "./a/b.jpg", "a//b.jpg", "a/.hidden.jpg", "../{here}/a/b.jpg", "a/gone.jpg"]
+)
+def test_a_file_is_told_as_pathlib_tells_it(root, name, tmp_path, monkeypatch):
+    """Its path from the folder that it is in, whichever way both are written: a cache outlives a release."""
+    (tmp_path / "a").mkdir()
+    for file in ("a/b.jpg", "a/.hidden.jpg"):
+        (tmp_path / file).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    name = name.format(here=tmp_path.name)
+    for folder in [tmp_path] if root is None else [Path(root), tmp_path / root]:
+        for part in (name, str(tmp_path / name), Path(name)):
+            path = folder / part
+            shown = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+            status = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+            assert _file_facts([part], {0: folder}, [folder, Path()]) == [(shown, *status)]
