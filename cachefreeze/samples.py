@@ -20,7 +20,7 @@ from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.listed_samples import ListedSamples, measure_lists
 from cachefreeze.padding import Padded, input_leaves
-from cachefreeze.probing import check_deterministic, collated
+from cachefreeze.probing import check_deterministic, collated, copies_of
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.sample_keys import Keyed, described, keyed, listed_labels
 from cachefreeze.sides import Place
@@ -225,7 +225,7 @@ def example_of(
     collate: Any = dataloader.collate_fn
     with preserved_random_state(), preserved_generators(dataset, collate):
         items = fetch_samples(dataset, _first(dataset))
-        single = [collated(collate, [copy.deepcopy(item)]) for item in items] if alike else []
+        single = [collated(collate, [item]) for item in copies_of(items)] if alike else []
         batch = collated(collate, items)
     layout = BatchLayout(batch, inputs, arguments, stored=False)
     example = layout.example(batch)
