@@ -6,9 +6,10 @@ import functools
 import pickle
 import random
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,41 +50,65 @@ class Attributes:
     _APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self._kept: list[tuple[str, nn.Module, dict[str, Any], dict[str, list[_Content]]]] = []
+        self._kept: list[_Own] = []
         seen: set[int] = set()  # a configuration is shared by every layer
         for name, module in modules:
-            own = {key: value for key, value in vars(module).items() if key not in self._APART}
-            self._kept.append((name, module, own, {key: list(_contents(value, seen)) for key, value in own.items()}))
+            state = vars(module)
+            own = {key: value for key, value in state.items() if key not in self._APART}
+            # of a module's ten dicts of hooks nearly all are empty: what holds nothing needs no copy
+            full, empty = {}, []
+            for key, value in own.items():
+                if type(value) in _CONTAINERS and not value:
+                    empty.append(key)
+                elif type(value) not in _CONSTANTS and (found := list(_contents(value, seen))):
+                    full[key] = found
+            self._kept.append(_Own(name, module, len(state), own, full, empty))
 
     def drawn(self) -> list[str]:
         """Dotted names of the attributes whose random generator was drawn from."""
         return [
-            f"{name}.{key}".lstrip(".")
-            for name, _, _, contents in self._kept
-            for key, found in contents.items()
+            f"{kept.name}.{key}".lstrip(".")
+            for kept in self._kept
+            for key, found in kept.full.items()
             if any(isinstance(content, _Drawing) and content.changed() for content in found)
         ]
 
     def changed(self) -> list[str]:
         """Dotted names of the attributes that were bound anew, or whose list, dict or set holds something else."""
         return [
-            f"{name}.{key}".lstrip(".")
-            for name, module, own, contents in self._kept
-            for key in sorted((vars(module).keys() | own.keys()) - self._APART)
-            if vars(module).get(key, self) is not own.get(key, self)
-            or any(content.changed() for content in contents.get(key, ()))
+            f"{kept.name}.{key}".lstrip(".")
+            for kept in self._kept
+            for key in sorted((vars(kept.module).keys() | kept.own.keys()) - self._APART)
+            if vars(kept.module).get(key, self) is not kept.own.get(key, self)
+            or (key in kept.empty and kept.own[key])
+            or any(content.changed() for content in kept.full.get(key, ()))
         ]
 
     def restore(self) -> None:
         """Put all of them back."""
-        for _, module, own, contents in self._kept:
-            state = vars(module)
-            for key in state.keys() - own.keys() - self._APART:
-                del state[key]
+        for kept in self._kept:
+            state, own = vars(kept.module), kept.own
             state.update(own)
-            for content in (content for found in contents.values() for content in found):
+            if len(state) != kept.size:
+                for key in state.keys() - own.keys() - self._APART:
+                    del state[key]
+            for key in kept.empty:
+                if own[key]:
+                    own[key].clear()
+            for content in chain.from_iterable(kept.full.values()):
                 if content.changed():
                     content.restore()
+
+
+class _Own(NamedTuple):
+    """A module, how many attributes it had, and those that are looked after: holding something, and holding nothing."""
+
+    name: str
+    module: nn.Module
+    size: int
+    own: dict[str, Any]
+    full: dict[str, list[_Content]]
+    empty: list[str]
 
 
 class _Holding:
@@ -119,6 +144,8 @@ class _Drawing:
 
 
 _Content = _Holding | _Drawing
+_CONTAINERS = frozenset({list, dict, set, deque, OrderedDict})
+_CONSTANTS = frozenset({bool, int, float, str, bytes, type(None)})
 _PLAIN = (bool, int, float, str, bytes, Tensor)
 # What has a __dict__ that no forward is expected to write, or that is kept elsewhere.
 _NOT_LOOKED_INTO = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
@@ -142,7 +169,8 @@ def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
     if not isinstance(value, tuple):
         yield _Holding(value)
     for item in list(value.values() if isinstance(value, dict) else value):
-        yield from _contents(item, seen, depth - 1)
+        if type(item) not in _CONSTANTS:
+            yield from _contents(item, seen, depth - 1)
 
 
 def _same_items(now: Any, before: Any) -> bool:

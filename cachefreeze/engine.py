@@ -22,9 +22,10 @@ from cachefreeze.following import Following
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
-from cachefreeze.judging import Judgement, judge, measure_boundary, tell
+from cachefreeze.judging import Judgement, is_short, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, PassingLoader, StagedLoader, check_loader
-from cachefreeze.manager import CacheManager, split_on
+from cachefreeze.manager import CacheManager, recorded, split_at
+from cachefreeze.measuring import FirstLook
 from cachefreeze.moves import Move
 from cachefreeze.row_source import Rows
 from cachefreeze.running import NumericMode, forward_arguments, model_device
@@ -122,6 +123,7 @@ class Engine:
         self.decisions: list[Move] = [] if self._following is None else self._following.decisions
         self._planned = epochs
         self._judged: Judgement | None = None
+        self._look: FirstLook | None = None
         self._cached: list[CachedLoader] = []
 
     def loader(
@@ -167,6 +169,15 @@ class Engine:
             )
         if self._store == "off" and self._staging is None:
             return self._uncached(dataloader, inputs)
+        # views and variants are there to be cached
+        judging = self._is_auto and self._staging is None and view is None and variants is None
+        if judging and self._judged is not None and not self._judged.pays:
+            return self._passing(dataloader)
+        if judging and self.cache is None and self._planned is not None:
+            left = self._planned - self.epoch
+            short, self._look = is_short(self.model, dataloader, inputs, self._autocast, left)
+            if short:
+                return self._declined(dataloader, inputs, left)
         known = self._following or self.parts
         seen = View.of(
             dataloader,
@@ -180,20 +191,17 @@ class Engine:
         )
         if self._following is not None:
             return self._following.add(dataloader, seen, name, version)
-        if self._judged is not None and not self._judged.pays and view is None and variants is None:
-            return self._passing(dataloader)
         if self.cache is None:
-            example = seen.example().to(model_device(self.model))
-            usage = record_usage(self.model, example)
+            example, usage = recorded(self.model, seen, self._autocast)
             self.boundary = boundary_of(self.model, usage)
             if self.boundary is None:
                 return self._passing(dataloader)
-            # views and variants are there to be cached; with samples of different lengths no batch stands for all
-            if self._is_auto and view is None and variants is None and seen.ragged is None and seen.listed is None:
+            # with samples of different lengths no batch stands for all
+            if judging and seen.ragged is None and seen.listed is None:
                 self._judged = self._judge(usage, self.boundary, dataloader, seen)
                 if not self._judged.pays:
                     return self._passing(dataloader)
-            self.parts = split_on(self.model, seen, self._autocast)
+            self.parts = split_at(self.model, seen, example, usage, self._autocast)
             self.cache = self._make(self.parts)
         self._cached.append(self.cache.loader_for(dataloader, seen, name, version, self._now))
         return self._cached[-1]
@@ -391,13 +399,21 @@ class Engine:
     def _is_auto(self) -> bool:
         return isinstance(self._store, str) and self._store.partition(":")[0] == "auto"
 
+    def _declined(self, dataloader: DataLoader[Any], inputs: Inputs, left: int) -> PassingLoader:
+        """The loader of a run that is too short for a cache."""
+        made = self._uncached(dataloader, inputs)
+        if self.boundary is not None:
+            self._judged = judge(None, self.boundary, self.epoch, left)
+            self._note(self._judged)
+        return made
+
     def _judge(self, usage: Usage, boundary: str, dataloader: DataLoader[Any], view: View) -> Judgement:
         """Whether to cache, before the model is split for it."""
         left = None if self._planned is None else self._planned - self.epoch
         costs = None
         if left is None or left > 1:
             costs = measure_boundary(
-                self.model, usage, boundary, [(dataloader, view)], str(self._store), self._autocast, left
+                self.model, usage, boundary, [(dataloader, view)], str(self._store), self._autocast, left, self._look
             )
         judgement = judge(costs, boundary, self.epoch, left)
         self._note(judgement)

@@ -350,8 +350,9 @@ def _block_holding(model: nn.Module, usage: Usage, parameter: str, event: int) -
     """
     listed = list_blocks(model, usage)
     listed = [block for block in listed if usage.first_call_of(model, block.name) is not None] or listed
+    wanted = model.get_parameter(parameter)
     for block in listed:
-        if any(parameter in _parameter_names(model, member) for member in block.members):
+        if any(p is wanted for member in block.members for p in model.get_submodule(member).parameters()):
             return block.name
     later = [block.name for block in listed if boundary_event(model, block.name, usage) >= event]
     return later[0] if later else listed[-1].name

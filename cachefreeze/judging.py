@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cachefreeze.measuring import first_look, measure, measured_tier
+from cachefreeze.batches import Inputs
+from cachefreeze.measuring import FirstLook, first_look, look_at, measure, measured_tier
 from cachefreeze.moves import Costs, Move, worthwhile
-from cachefreeze.running import model_device
-from cachefreeze.samples import View
-from cachefreeze.tracing import Usage
+from cachefreeze.running import forward_arguments, model_device
+from cachefreeze.samples import View, example_of
+from cachefreeze.tracing import Example, Usage
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -56,20 +58,52 @@ def measure_boundary(
     store: str,
     autocast: torch.dtype | None,
     epochs: int | None,
+    look: FirstLook | None,
 ) -> Costs | None:
     """The costs of one boundary: block 0 is all before it, block 1 the rest.
+
+    ``look`` was taken already, where there is one.
 
     Returns:
         The costs; None where three samples show that splitting takes longer than all that could be saved.
     """
     names, device = ("", boundary), model_device(model)
     samples = sum(view.samples for _, view in loaders)
-    look = first_look(model, loaders[0][1], autocast)
-    if epochs is not None and look.most(samples * (epochs - 1)) < look.setup:
+    look = look or look_at(model, loaders[0][1], autocast)
+    if epochs is not None and is_evident(look, samples, epochs):
         return None
     first = measure(model, usage, names, loaders, tiers=(), autocast_dtype=autocast, epochs=epochs, look=look)
     tier = measured_tier(store, samples * first.row_bytes[1], device)
     return first.with_speeds((tier,), device, loaders[0][0].batch_size or 64).costs(tier)
+
+
+def is_short(
+    model: nn.Module, dataloader: DataLoader[Any], inputs: Inputs, autocast: torch.dtype | None, epochs: int
+) -> tuple[bool, FirstLook | None]:
+    """Whether a run is evidently too short to cache for, before its samples are probed.
+
+    Probing, recording and measuring take as long as a short run does.
+
+    Returns:
+        Whether it is, and a look at three samples where one was taken.
+    """
+    arguments = forward_arguments(model)
+
+    def fetch() -> Example:
+        return example_of(dataloader, arguments, inputs, alike=True)
+
+    with suppress(Exception):  # what is wrong with the loader or the model is said by what needs them
+        if epochs <= 1:
+            fetch()
+            return True, None
+        look = first_look(model, fetch, autocast)
+        return is_evident(look, len(dataloader.dataset), epochs), look  # type: ignore[arg-type]
+    return False, None
+
+
+def is_evident(look: FirstLook, samples: int, epochs: int) -> bool:
+    """Whether splitting takes longer than all that rows could save in some epochs."""
+    return look.most(samples * (epochs - 1)) < look.setup
 
 
 def judge(costs: Costs | None, boundary: str, epoch: int, left: int | None) -> Judgement:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from cachefreeze.batches import Inputs
 from cachefreeze.errors import StoreError, UsageError
 from cachefreeze.inference import Optimized
+from cachefreeze.listed import example_of
 from cachefreeze.loader import CachedLoader, check_loader
 from cachefreeze.optimized import prefix_of
 from cachefreeze.promotion import PromotedRows
@@ -20,10 +21,11 @@ from cachefreeze.rows import FillReport, StoredRows
 from cachefreeze.running import NumericMode, forward_arguments, model_device
 from cachefreeze.running import autocast as under_autocast
 from cachefreeze.samples import View
-from cachefreeze.splitting import Parts, split, split_padded
+from cachefreeze.splitting import Parts, split_padded, split_recorded, usage_for
 from cachefreeze.stores import BadRow, Store
 from cachefreeze.stores.opening import for_another
 from cachefreeze.stores.removal import remove_cache
+from cachefreeze.tracing import Example, Usage
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -278,14 +280,33 @@ def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundar
         autocast: Autocast dtype of the prefix; None: without.
         boundary: To split at; None: the first trainable block.
     """
+    return split_at(model, view, *recorded(model, view, autocast), autocast, boundary)
+
+
+def recorded(model: nn.Module, view: View, autocast: torch.dtype | None) -> tuple[Example, Usage]:
+    """Some of the samples, and what a forward of them uses in the autocast state that rows are made in."""
+    device = model_device(model)
+    example = example_of(model, view.example()).to(device)
+    with under_autocast(device, autocast):
+        return example, usage_for(model, example)
+
+
+def split_at(
+    model: nn.Module,
+    view: View,
+    example: Example,
+    usage: Usage,
+    autocast: torch.dtype | None,
+    boundary: str | None = None,
+) -> Parts:
+    """:func:`split_on` on what was :func:`recorded` there."""
     device = model_device(model)
     if view.ragged is None:
-        example = view.example().to(device)
         with under_autocast(device, autocast):
-            return split(model, example, boundary)
+            return split_recorded(model, example, usage, boundary)
     batches = view.padded_batches(device)
     with under_autocast(device, autocast):
-        return split_padded(model, batches, view.layout.input_names, boundary)
+        return split_padded(model, batches, usage, view.layout.input_names, boundary)
 
 
 def next_name(taken: Iterable[str]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Subset
 
 from cachefreeze.batches import leaves_of, lists_samples
@@ -93,7 +94,26 @@ def collated(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
 
 def _copied(collate: Callable[[list[Any]], Any], *items: Any) -> Any:
     """A batch of copies: collate functions take items apart."""
-    return collated(collate, [copy.deepcopy(item) for item in items])
+    return collated(collate, copies_of(items))
+
+
+def copies_of(items: Sequence[Any]) -> list[Any]:
+    """Copies of a dataset's items that share nothing with it, nor with each other."""
+    return [_copy_of(item) for item in items]
+
+
+def _copy_of(item: Any) -> Any:
+    """A deep copy; of a tensor that is a part of a larger one, without the memory of all other samples."""
+    leaves = [leaf for leaf in pytree.tree_leaves(item) if type(leaf) is Tensor and not leaf.requires_grad]
+    parts = {id(leaf): leaf.clone() for leaf in leaves if _is_part(leaf)}
+    return copy.deepcopy(item, parts)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    try:
+        return tensor.untyped_storage().nbytes() > tensor.nbytes
+    except (RuntimeError, NotImplementedError):  # a sparse one has no memory of its own
+        return False
 
 
 def _check_rows_of(collate: Callable[[list[Any]], Any], items: list[Any]) -> None:

@@ -20,7 +20,7 @@ from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.listed_samples import ListedSamples, measure_lists
 from cachefreeze.padding import Padded, input_leaves
-from cachefreeze.probing import check_deterministic, collated
+from cachefreeze.probing import check_deterministic, collated, copies_of
 from cachefreeze.ragged import RaggedSamples, evenly, measure, varying
 from cachefreeze.sample_keys import Keyed, described, keyed, listed_labels
 from cachefreeze.sides import Place
@@ -207,13 +207,37 @@ _DIGESTED = 8
 OF_ROWS = frozenset({"inputs", "labels", "rows"})
 
 
-def example_of(dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs) -> Example:
-    """A few samples as the model's inputs, of a loader that is not cached. Random states are as before afterwards."""
+def example_of(
+    dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs, *, alike: bool = False
+) -> Example:
+    """A few samples as the model's inputs, of a loader that is not cached. Random states are as before afterwards.
+
+    Args:
+        dataloader: The user's loader.
+        arguments: Names of the arguments of the model's forward.
+        inputs: What the model consumes.
+        alike: Refuse samples of which one alone has another shape than beside the others.
+
+    Raises:
+        BatchDependentError: They are not alike.
+    """
     dataset: Any = dataloader.dataset
     collate: Any = dataloader.collate_fn
     with preserved_random_state(), preserved_generators(dataset, collate):
-        batch = collate_samples(dataset, collate, _first(dataset))
-    return BatchLayout(batch, inputs, arguments, stored=False).example(batch)
+        items = fetch_samples(dataset, _first(dataset))
+        single = [collated(collate, [item]) for item in copies_of(items)] if alike else []
+        batch = collated(collate, items)
+    layout = BatchLayout(batch, inputs, arguments, stored=False)
+    example = layout.example(batch)
+    if any(_shapes_of(layout.example(one)) != _shapes_of(example) for one in single):
+        raise BatchDependentError("samples have different shapes, or are lists")
+    return example
+
+
+def _shapes_of(example: Example) -> tuple[Any, list[Any]]:
+    """What a batch is made of, but for the number of its samples."""
+    leaves, structure = pytree.tree_flatten((example.args, example.kwargs))
+    return structure, [leaf.shape[1:] if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _first(dataset: Any) -> list[int]:

@@ -77,14 +77,12 @@ class Usage:
         """The event at which module ``name`` or one of its parameters is first used."""
         name = _first_name(model, name)
         call = self.first_call(name)
-        events = [] if call is None else [call.start]
+        if call is not None:
+            return call.start
         prefix = f"{name}." if name else ""
         ids = {id(p) for p in model.get_submodule(name).parameters()}
-        for parameter_name, parameter in model.named_parameters():
-            owned = parameter_name.startswith(prefix) and id(parameter) in ids
-            if call is None and owned and parameter_name in self.parameters:
-                events.append(self.parameters[parameter_name])
-        return min(events, default=None)
+        own = (n for n, p in model.named_parameters() if n.startswith(prefix) and id(p) in ids)
+        return min((self.parameters[n] for n in own if n in self.parameters), default=None)
 
     def enclosing(self, call: Call) -> list[str]:
         """Modules whose call encloses ``call``, outermost first; the root is ''."""

@@ -6,7 +6,6 @@ states that follow from seed, sample and variant, so that it is the same in any 
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from cachefreeze.errors import BatchDependentError, FieldError, RandomSampleErro
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import generators_of, preserved_generators, preserved_states, seed_generator
 from cachefreeze.isolation import preserved_random_state, seed_generators
-from cachefreeze.probing import collated, drawn_twice, same_row
+from cachefreeze.probing import collated, copies_of, drawn_twice, same_row
 from cachefreeze.ragged import evenly
 
 # Seeds under which a random collate function is tried: one that mixes samples now and then shows itself in some.
@@ -148,7 +147,7 @@ def _alone(dataset: Any, collate_fn: Callable[[list[Any]], Any], index: int) -> 
 def _check_alone(made: Variants, items: list[Any]) -> None:
     """Row *i* of a batch must follow from item *i* and the random states, whatever the other items are."""
     last = len(items) - 1
-    if lists_samples(collated(made.collate_fn, copy.deepcopy(items)), len(items)):
+    if lists_samples(collated(made.collate_fn, copies_of(items)), len(items)):
         raise FieldError("variants= needs batches of tensors; this collate function only lists its samples")
     for seed in range(_TRIED_SEEDS):
         first = _seeded(made, seed, items)
@@ -169,4 +168,4 @@ def _seeded(made: Variants, seed: int, items: list[Any]) -> Any:
     seed_generators(seed)
     for generator in made._own:
         seed_generator(generator, seed)
-    return collated(made.collate_fn, copy.deepcopy(items))
+    return collated(made.collate_fn, copies_of(items))

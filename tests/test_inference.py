@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import logging
+import types
 import weakref
 
 import pytest
@@ -18,7 +19,7 @@ from cachefreeze import optimized, splitting
 from cachefreeze.errors import StaleCacheError, UsageError
 from cachefreeze.inference import Form, InferenceCopy, relative_error
 from cachefreeze.isolation import RandomState
-from cachefreeze.portions import Portions
+from cachefreeze.portions import EqualPortions, Portions
 from cachefreeze.splitting import BoundaryTensor
 from cachefreeze.splitting.replay_executor import ReplayExecutor
 from cachefreeze.tracing import Example
@@ -529,6 +530,45 @@ def test_out_of_memory_halves_the_portions_for_good(caplog):
     portions.run(model, Example.of(x[:4]), 4, spec_of(x))
     assert model.sizes[7:] == [3, 2]
     assert "ran out of memory on 13 samples at once; from now on it runs on 6" in caplog.text
+
+
+class Paced(nn.Module):
+    """Of more than four samples each takes some time, and the sum of a row may be made in another order."""
+
+    now = 0.0
+
+    def __init__(self, seconds, *, rounding=0.0):
+        super().__init__()
+        self.seconds, self.rounding, self.sizes = seconds, rounding, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        few = len(x) <= 4
+        Paced.now += len(x) * (1 if few else self.seconds)
+        return x * 2 + (0.0 if few else self.rounding)
+
+
+@pytest.mark.parametrize(
+    ("model", "ahead", "trial", "later"),
+    [
+        (Paced(2), 48, [4] * 4, [4] * 4),
+        (Paced(2, rounding=1e-6), 48, [4], [16]),
+        (Paced(1), 48, [4] * 2, [16]),
+        (Paced(2), 47, [], [16]),
+    ],
+    ids=["equal and sooner", "not equal", "not sooner", "too few rows"],
+)
+def test_exact_rows_are_made_a_few_at_a_time_where_they_are_the_same(model, ahead, trial, later, monkeypatch):
+    """Each batch size is tried once, on real samples; what is then made is bit for bit what a whole batch gives."""
+    monkeypatch.setattr("cachefreeze.portions.time", types.SimpleNamespace(perf_counter=lambda: Paced.now))
+    portions, x = EqualPortions(), torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    for sizes in ([16, *trial], later, later):
+        model.sizes.clear()
+        (rows,) = portions.run(model, Example.of(x), 16, spec_of(x), ahead)
+        assert torch.equal(rows, x * 2 + model.rounding)
+        assert model.sizes == sizes
+    (rows,) = portions.run(model, Example.of(x[:7]), 7, spec_of(x), ahead)
+    assert model.sizes[-1] == 7
 
 
 def test_two_samples_that_are_too_many_raise():

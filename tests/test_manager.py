@@ -576,3 +576,11 @@ def test_of_splits_on_the_loaders_samples(tmp_path):
     (rows, _), (x, _) = next(iter(loader)), next(iter(batches))
     assert torch.allclose(manager.parts.suffix(*rows.tensors), model(x), atol=1e-2)
     manager.close()
+
+
+def test_an_engine_computes_few_samples_before_the_first_row():
+    """The order of use is recorded once, for the boundary and for the split."""
+    model, seen = make_model(), []
+    model[0].register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
+    cf.Engine(model, "host").loader(DataLoader(make_data(), 16))
+    assert sum(seen) <= 29, seen

@@ -17,7 +17,7 @@ import cachefreeze as cf
 from cachefreeze import optimized
 from cachefreeze.errors import RandomSampleError, UsageError
 from cachefreeze.isolation import RandomState
-from cachefreeze.judging import judge
+from cachefreeze.judging import is_short, judge
 from cachefreeze.measuring import Training, measure, measured_tier
 from cachefreeze.measuring.speeds import speed_of
 from cachefreeze.moves import Costs, worthwhile
@@ -367,6 +367,47 @@ def test_a_short_run_is_frozen_without_a_cache(known, caplog):
     reason = "splitting the model takes longer than 2 epochs could save" if known else "2 epochs would spend"
     assert f"store='auto' does not cache at '4': {reason}" in caplog.text
     assert [move.after for move in engine.decisions] == ([None] if known else ["4", None])
+
+
+@pytest.mark.parametrize(("epochs", "samples"), [(1, 0), (2, 3)])
+def test_a_short_run_is_declined_before_anything_is_probed(epochs, samples):
+    """What a look costs is bounded by three samples and one forward of them; for one epoch there is no forward."""
+    fetched, computed = [], []
+
+    class Counted(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            fetched.append(index)
+            return torch.randn(3), index % 2
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    cf.freeze(model, "2")
+    model[0].register_forward_hook(lambda _m, given, _o: computed.append(len(given[0])))
+    before, state = traces(model), RandomState.capture()
+    engine = cf.Engine(model, "auto", epochs=epochs)
+    loaders = [engine.loader(DataLoader(Counted(), 4)) for _ in range(2)]
+    assert fetched == [0, 1, 2]
+    assert sum(computed) == samples
+    assert [loader.source for loader in loaders] == ["frozen", "frozen"]
+    assert [(move.frozen, move.after) for move in engine.decisions] == [("2", None)]
+    assert not state.moved()
+    assert same(traces(model), before)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_three_samples_tell_nothing_of_others_that_are_longer(epochs):
+    """Nor of a detector's lists: what ``auto`` says of a run is for samples of one shape."""
+
+    def padded(items):
+        x, y = zip(*items, strict=True)
+        return nn.utils.rnn.pad_sequence(x, batch_first=True), torch.tensor(y)
+
+    for spread, short in ((1, True), (3, False)):
+        data = [(torch.arange(1, 2 + i % spread), i % 3) for i in range(40)]
+        loader = DataLoader(data, 4, collate_fn=padded)
+        assert is_short(SumOfWords(), loader, None, None, epochs)[0] is short
 
 
 def test_a_long_run_is_cached_and_computes_the_same():

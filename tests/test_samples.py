@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import cachefreeze as cf
 from cachefreeze.errors import RandomSampleError, UsageError
 from cachefreeze.isolation import RandomState
-from cachefreeze.probing import view_line
+from cachefreeze.probing import check_deterministic, copies_of, view_line
+from cachefreeze.sample_keys import _file_facts
 
 
 def make_model():
@@ -144,3 +146,40 @@ def test_the_line_to_paste_comes_from_the_users_pipeline():
     )
     names = {name: getattr(transforms, name) for name in ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize")}
     assert len(eval(line.removeprefix("view="), names).transforms) == 4  # what is pasted must run
+
+
+@pytest.mark.parametrize("root", ["", "a", "a/", "./a", ".", "/", None])
+@pytest.mark.parametrize(
+    "name", ["b.jpg", "a/b.jpg", "./a/b.jpg", "a//b.jpg", "a/.hidden.jpg", "../{here}/a/b.jpg", "a/gone.jpg"]
+)
+def test_a_file_is_told_as_pathlib_tells_it(root, name, tmp_path, monkeypatch):
+    """Its path from the folder that it is in, whichever way both are written: a cache outlives a release."""
+    (tmp_path / "a").mkdir()
+    for file in ("a/b.jpg", "a/.hidden.jpg"):
+        (tmp_path / file).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    name = name.format(here=tmp_path.name)
+    for folder in [tmp_path] if root is None else [Path(root), tmp_path / root]:
+        for part in (name, str(tmp_path / name), Path(name)):
+            path = folder / part
+            shown = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+            status = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+            assert _file_facts([part], {0: folder}, [folder, Path()]) == [(shown, *status)]
+
+
+def test_a_probe_copies_samples_and_not_the_memory_that_they_lie_in(monkeypatch):
+    """A sample of a TensorDataset is a view: with all others it may be gigabytes, fifty times over."""
+    data, copied = TensorDataset(torch.rand(64, 3), torch.arange(64)), []
+    original = torch.UntypedStorage.__deepcopy__
+    monkeypatch.setattr(torch.UntypedStorage, "__deepcopy__", lambda s, memo: copied.append(s) or original(s, memo))
+    check_deterministic(data, default_collate)
+    assert not copied
+    sparse = torch.eye(2).to_sparse()
+    item = {"a": data[3][0], "b": [data[3][1], torch.zeros(2)], "same": data[3][0], "sparse": sparse}
+    item["again"] = item["a"]
+    one, other = copies_of([item, item])
+    assert one["again"] is one["a"]
+    assert one["a"].data_ptr() not in (other["a"].data_ptr(), item["a"].data_ptr())
+    assert torch.equal(one["a"], item["a"])
+    assert torch.equal(one["sparse"].to_dense(), torch.eye(2))
+    assert one["a"].untyped_storage().nbytes() == 12

@@ -658,6 +658,11 @@ def batch_size(part: nn.Module, x: Tensor) -> Tensor:
     return out * (1 + 0.01 * x.shape[0])
 
 
+def large_batch(part: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = part(x)
+    return out * (1.01 if len(x) > 8 else 1)
+
+
 def draws(part: nn.Module, x: Tensor) -> Tensor:
     torch.rand(1)
     out: Tensor = part(x)
@@ -747,6 +752,28 @@ class TestVerification:
         )
         with pytest.raises(BatchDependentError, match=r"before 'conv2' depends on the other samples"):
             cf.split(Chain(), images(), "conv2")
+
+    def test_a_prefix_whose_rows_are_others_in_a_large_batch(self, corrupted):
+        """Outputs are compared for two batches, rows for the whole example."""
+        corrupted(lambda cut, site: replace(cut, prefix=Corrupt(cut.prefix, large_batch)))
+        many = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(BatchDependentError, match=r"before 'conv2' depends on the other samples"):
+            cf.split(Chain(), many, "conv2")
+        cf.split(Chain(), many[:8], "conv2")
+
+    def test_a_prefix_that_follows_the_mode_of_the_model(self, corrupted):
+        """A fill runs it while the model is in train mode."""
+        corrupted(lambda cut, site: replace(cut, prefix=Corrupt(cut.prefix, partial(train_only, model=site.model))))
+        with pytest.raises(BatchDependentError, match=r"before 'conv2' depends"):
+            cf.split(Chain(), images(), "conv2")
+
+    def test_few_samples_are_computed(self):
+        """It comes before the first row that is of use: of four samples, 36 are computed in all, with the recording."""
+        model, seen = Chain(), []
+        model.conv1.register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
+        cf.split(model, images(), "conv2")
+        assert len(images()) == 4
+        assert sum(seen) <= 36, seen
 
     @pytest.mark.parametrize(("change", "named"), [(draws, "torch"), (numpy_draws, "numpy")])
     def test_a_prefix_that_draws_random_numbers(self, corrupted, change, named):

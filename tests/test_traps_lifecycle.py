@@ -444,6 +444,24 @@ def test_what_a_container_held_is_put_back(held):
     assert list(held) == list(before)
 
 
+@pytest.mark.parametrize("kind", [list, deque, set, dict, OrderedDict, Counter])
+def test_what_was_put_into_an_empty_container_is_taken_out(kind):
+    """Most of what a module holds is empty, its dicts of hooks above all; a name that was new is gone."""
+    module = nn.Linear(1, 1)
+    module.kept = held = kind()
+    with preserved_state(module) as attributes:
+        assert attributes.changed() == []
+        held.update({1: 1}) if hasattr(held, "update") else held.append(1)
+        module.register_forward_hook(lambda *_: None)
+        module.last = 1
+        assert {"kept", "_forward_hooks", "last"} <= set(attributes.changed())
+        module.kept = None
+    assert module.kept is held
+    assert not held
+    assert not module._forward_hooks
+    assert not hasattr(module, "last")
+
+
 class Checkpointed(nn.Module):
     """Layers under activation checkpointing of the kind that its flags say, as in transformers."""
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cachefreeze.blocks import Block
 from cachefreeze.fingerprint import state_tensors, tensors_digest
-from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.isolation import eval_mode, evaluating, preserved_random_state, preserved_state
 from cachefreeze.measuring.forwards import block_forwards, wait
 from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
 from cachefreeze.measuring.steps import Optimizers, training_steps
@@ -22,18 +22,29 @@ from cachefreeze.ragged import evenly
 from cachefreeze.running import autocast, model_device
 from cachefreeze.samples import View, fetch_samples
 from cachefreeze.splitting import blocks, blocks_padded
-from cachefreeze.tracing import Usage, record_usage
+from cachefreeze.tracing import Example, Usage
 
-__all__ = ["FirstLook", "Measurement", "Speed", "Training", "first_look", "listed_blocks", "measure", "measured_tier"]
+__all__ = [
+    "FirstLook",
+    "Measurement",
+    "Speed",
+    "Training",
+    "first_look",
+    "listed_blocks",
+    "look_at",
+    "measure",
+    "measured_tier",
+]
 
 # One forward, and one fetch, that are measured take about this long at most: a larger batch is measured by a part.
 _BATCH_SECONDS = 0.25
 # Of the samples that a run computes, those that may be spent on measuring it, so that measuring is never what is slow.
 _SHARE = 0.01
-# A split records, cuts and verifies with forwards and backwards of a few samples: about this many of their forwards,
-# and, for following every call and for fingerprints, this many recordings of the order of use. Only for the first
-# decision; after a move its own time is known.
-_SPLIT_FORWARDS, _SPLIT_RECORDINGS = 60, 15
+# A split records, cuts and verifies with forwards and backwards of a few samples: at most about this many of their
+# forwards, and, for following every call and for fingerprints, so many times what it takes to put the model's state
+# back (a half to all of it in fact, with eleven cuts of seven models). Only for the first decision; after a move its
+# own time is known.
+_SPLIT_FORWARDS, _SPLIT_WALKS = 38, 100
 _FEW = 3
 _DIGESTED_BYTES = 1 << 22
 
@@ -112,41 +123,50 @@ class FirstLook:
 
     Attributes:
         forward: Seconds of their forward; in larger batches a sample takes less.
-        recording: Seconds to record the order of use.
+        walk: Seconds to note the model's state and to put it back.
         fetch: Seconds a sample.
     """
 
     forward: float
-    recording: float
+    walk: float
     fetch: float
 
     @property
     def setup(self) -> float:
         """Seconds to split and to verify."""
-        return _SPLIT_FORWARDS * self.forward + _SPLIT_RECORDINGS * self.recording
+        return _SPLIT_FORWARDS * self.forward + _SPLIT_WALKS * self.walk
 
     def most(self, samples: int) -> float:
         """Seconds that rows of ``samples`` samples can spare at most."""
         return samples * (self.forward / _FEW + self.fetch)
 
 
-def first_look(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None) -> FirstLook:
-    """Fetch and compute three samples, without a trace."""
+def first_look(model: nn.Module, fetch: Callable[[], Example], autocast_dtype: torch.dtype | None = None) -> FirstLook:
+    """Fetch and compute three samples, without a trace.
+
+    Args:
+        model: On its device.
+        fetch: Gives the samples.
+        autocast_dtype: Of the model.
+    """
     device = model_device(model)
-    with preserved_random_state(), preserved_state(model), autocast(device, autocast_dtype):
-        began = time.perf_counter()
-        example = view.layout.example(view.fetch(_spread(len(view), _FEW)))
-        fetch = (time.perf_counter() - began) / _FEW
-        example = example.to(device)
-        began = time.perf_counter()
-        record_usage(model, example)
+    began = time.perf_counter()
+    example = fetch()
+    fetched = time.perf_counter()
+    example = example.to(device).fresh()
+    entering = time.perf_counter()
+    with evaluating(model), autocast(device, autocast_dtype):
+        entered = time.perf_counter()
+        example.call(model)
         wait(device)
-        recording = time.perf_counter() - began
-        with eval_mode(model), torch.no_grad():
-            began = time.perf_counter()
-            example.fresh().call(model)
-            wait(device)
-    return FirstLook(time.perf_counter() - began, recording, fetch)
+        computed = time.perf_counter()
+    walk = time.perf_counter() - computed + entered - entering
+    return FirstLook(computed - entered, walk, (fetched - began) / _FEW)
+
+
+def look_at(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None) -> FirstLook:
+    """:func:`first_look` at samples of a view, evenly spread."""
+    return first_look(model, lambda: view.layout.example(view.fetch(_spread(len(view), _FEW))), autocast_dtype)
 
 
 def listed_blocks(model: nn.Module, view: View) -> list[Block]:
@@ -192,7 +212,7 @@ def measure(
     limit = min(dataloader.batch_size or 64, len(view))
     if epochs is not None:
         limit = min(limit, max(_FEW, int(_SHARE * samples * epochs)))
-    look = first_look(model, view, autocast_dtype) if look is None else look
+    look = look_at(model, view, autocast_dtype) if look is None else look
     with preserved_random_state(), preserved_state(model), autocast(device, autocast_dtype):
         few, fetch = _fetched(view, limit, look.fetch)
         small = view.layout.example(few).to(device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cachefreeze.blocks import is_stochastic
 from cachefreeze.errors import FreezeError, SplitError
@@ -24,7 +24,7 @@ from cachefreeze.freezing import (
 from cachefreeze.isolation import evaluating, preserved_buffers, preserved_parameters
 from cachefreeze.listed import SampleLists, example_of
 from cachefreeze.padding import Padded
-from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, as_tuple
+from cachefreeze.splitting.boundary import Boundary, BoundaryTensor, Cut, Executor, Site, Uncopied, rows_of
 from cachefreeze.splitting.costs import blocks, blocks_padded
 from cachefreeze.splitting.fx_executor import FxExecutor
 from cachefreeze.splitting.padded_verification import verify_padded
@@ -34,7 +34,19 @@ from cachefreeze.splitting.segment import make_segment
 from cachefreeze.splitting.verification import verify
 from cachefreeze.tracing import Example, Usage, record_usage
 
-__all__ = ["Boundary", "BoundaryTensor", "Cut", "Executor", "Parts", "blocks", "blocks_padded", "split", "split_padded"]
+__all__ = [
+    "Boundary",
+    "BoundaryTensor",
+    "Cut",
+    "Executor",
+    "Parts",
+    "blocks",
+    "blocks_padded",
+    "split",
+    "split_padded",
+    "split_recorded",
+    "usage_for",
+]
 
 # The first executor whose cut passes the verification is taken; another one plugs in here.
 _EXECUTORS: tuple[Executor, ...] = (FxExecutor(), ReplayExecutor())
@@ -138,7 +150,27 @@ def split(model: nn.Module, example_inputs: Any, train_from: str | None = None) 
             frozen by hand is still in train mode.
         SplitError: No executor can cut here exactly; the message names the module or op in the way.
     """
-    site, example = _located(model, example_inputs, train_from)
+    example = example_of(model, example_inputs)
+    return split_recorded(model, example, usage_for(model, example), train_from)
+
+
+def usage_for(model: nn.Module, example: Example) -> Usage:
+    """What a forward uses, as :func:`split_recorded` and :func:`split_padded` take it.
+
+    Raises:
+        SplitError: There is only one sample.
+    """
+    if example.batch < 2:
+        raise SplitError(
+            f"example_inputs hold a batch of {example.batch}; pass at least 2 samples: a split is verified at two "
+            "batch sizes, and batch norm cannot train on one"
+        )
+    return record_usage(model, example)
+
+
+def split_recorded(model: nn.Module, example: Example, usage: Usage, train_from: str | None = None) -> Parts:
+    """:func:`split` on what :func:`usage_for` recorded of the same inputs, in the same autocast state."""
+    site = _located(model, usage, train_from)
     with preserved_parameters(site.written):
         return _first_verified(site, example)
 
@@ -150,18 +182,19 @@ def _first_verified(site: Site, example: Example) -> Parts:
         try:
             with preserved_buffers(site.model.modules()):  # a frozen module may write one even in eval mode
                 cut = executor.cut(site, example)
-            verify(cut, site, example)
-            check_reads(site, example)
+            rows = verify(cut, site, example)
+            flops = check_reads(site, example)
         except SplitError as error:
             reasons.append(str(error))
             continue
-        return _parts(cut, site, example, executor.name)
+        return _parts(cut, site, example, rows, executor.name, flops)
     raise SplitError("; ".join(dict.fromkeys(reasons)))
 
 
 def split_padded(
     model: nn.Module,
     batches: Sequence[tuple[Padded, Sequence[int]]],
+    usage: Usage,
     inputs: tuple[str, ...] = (),
     train_from: str | None = None,
 ) -> Parts:
@@ -173,6 +206,7 @@ def split_padded(
         model: As for :func:`split`.
         batches: Padded batches and the samples in them: of at least three samples, then of two and padded less, then
             any others. Some samples are in several of them.
+        usage: Recorded of the first batch, by :func:`usage_for`.
         inputs: Names of the leaves of the model's inputs: rows are given with these, in this order.
         train_from: As for :func:`split`.
 
@@ -180,24 +214,18 @@ def split_padded(
         FreezeError, SplitError: As for :func:`split`.
         BatchDependentError: A row depends on how far its batch is padded.
     """
-    site, example = _located(model, batches[0][0].example, train_from)
+    site, example = _located(model, usage, train_from), batches[0][0].example
     executor = ReplayExecutor()
     with preserved_parameters(site.written):
         with preserved_buffers(site.model.modules()):
             cut = executor.cut(site, example, batches[1][0].example)
-        verify(cut, site, example)
+        rows = verify(cut, site, example)
         verify_padded(cut, site, batches)
-        return replace(_parts(cut, site, example, executor.name), inputs=inputs, batches=tuple(batches))
+        made = _parts(cut, site, example, rows, executor.name)
+        return replace(made, inputs=inputs, batches=tuple(batches))
 
 
-def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> tuple[Site, Example]:
-    example = example_of(model, example_inputs)
-    if example.batch < 2:
-        raise SplitError(
-            f"example_inputs hold a batch of {example.batch}; pass at least 2 samples: a split is verified at two "
-            "batch sizes, and batch norm cannot train on one"
-        )
-    usage = record_usage(model, example)
+def _located(model: nn.Module, usage: Usage, train_from: str | None) -> Site:
     name = train_from if train_from is not None else boundary_of(model, usage)
     if name is None:
         drawing = stochastic_of(model) == "train"
@@ -210,10 +238,12 @@ def _located(model: nn.Module, example_inputs: Any, train_from: str | None) -> t
     if train_from is None:
         _check_modes(site)
     _check_trainable(site)
-    return site, example
+    return site
 
 
-def _parts(cut: Cut, site: Site, example: Example, executor: str) -> Parts:
+def _parts(
+    cut: Cut, site: Site, example: Example, rows: list[Tensor] | None, executor: str, flops: int | None = None
+) -> Parts:
     model = site.model
     _tell_of_hooks(site)
     return Parts(
@@ -222,7 +252,7 @@ def _parts(cut: Cut, site: Site, example: Example, executor: str) -> Parts:
         suffix=cut.suffix,
         boundary=Boundary(name=site.name, tensors=cut.tensors),
         executor=executor,
-        cached_fraction=_cached_fraction(cut, model, example),
+        cached_fraction=_cached_fraction(cut, model, example.take([0, 1]), rows, flops),
         frozen_after=tuple(n for n, p in model.named_parameters() if not p.requires_grad and n not in site.frozen),
         origin=(site, example),
     )
@@ -281,13 +311,22 @@ def _check_modes(site: Site) -> None:
             )
 
 
-def _cached_fraction(cut: Cut, model: nn.Module, example: Example) -> float:
-    """What the suffix does not do again, of all that the model does."""
-    some = example.take([0, 1])
+def _cached_fraction(cut: Cut, model: nn.Module, two: Example, rows: list[Tensor] | None, flops: int | None) -> float:
+    """What the suffix does not do again, of all that the model does.
+
+    Args:
+        cut: Whose suffix.
+        model: That was cut.
+        two: Samples.
+        rows: Of two samples, where there are some already.
+        flops: Of the model's forward of two samples, where they were counted already.
+    """
     with evaluating(model):
-        made = some.fresh().call(cut.prefix)
-        with count_flops() as whole:
-            some.fresh().call(model)
+        if flops is None:
+            with count_flops() as whole:
+                two.fresh().call(model)
+            flops = whole.total
+        given = rows_of(cut.prefix, two.fresh()) if rows is None else [row.clone() for row in rows]
         with count_flops() as after:
-            cut.suffix(*as_tuple(made), *some.beside)
-    return max(0.0, 1 - after.total / whole.total) if whole.total else 0.0
+            cut.suffix(*given, *two.beside)
+    return max(0.0, 1 - after.total / flops) if flops else 0.0

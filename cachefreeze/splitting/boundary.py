@@ -152,7 +152,9 @@ class Site:
         with preserved_modes(self.model):
             self.model.train(train)
             for name in self.before:
-                self.model.get_submodule(name).eval()
+                module = self.model.get_submodule(name)
+                if module.training:  # and was not put there with what holds it
+                    module.eval()
             for parameter in thawed:
                 parameter.requires_grad_(False)
             try:

@@ -8,7 +8,7 @@ the order of in-place writes. There is one graph for train and one for eval; bot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,27 +54,30 @@ class FxExecutor:
             evaluate = tracing.graph()
         latest = _common_end(tracing, train, evaluate)
         refusals: list[SplitError] = []
-        for end in _by_bytes(site, example, latest, train, evaluate):
+        for place in _by_bytes(site, example, latest, train, evaluate):
             try:
-                return self._cut_at(end, site, example, tracing, train, evaluate)
+                return self._cut_at(place, site, example, tracing, train, evaluate)
             except SplitError as error:  # a fold of batch and time, for one, has no row
                 refusals.append(error)
         raise refusals[0]
 
     def _cut_at(
-        self, end: int, site: Site, example: Example, tracing: Tracing, train: fx.Graph, evaluate: fx.Graph
+        self, place: _Place, site: Site, example: Example, tracing: Tracing, train: fx.Graph, evaluate: fx.Graph
     ) -> Cut:
-        crossing = sorted(_crossing(train, end) | _crossing(evaluate, end))
+        end, crossing = place.end, place.crossing
         prefix_graph = _prefix_graph(evaluate, end, crossing)
         prefix = Prefix(fx.GraphModule(site.model, prefix_graph, "PrefixGraph"))
-        values = [_record(prefix, example, [i % example.batch for i in range(count)]) for count in (2, 3)]
-        _check_constants(list(evaluate.nodes), crossing, values[0], prefix, example)
-        recipe = Recipe(evaluate, end, crossing, *values)
-        suffix = Suffix(site.model, tracing.open_modules(), lambda: recipe.suffix(tracing.graph(), site.model))
+        two = _record(prefix, example, [0, 1]) if place.of_two is None else place.of_two
+        three = _record(prefix, example, [i % example.batch for i in range(3)])
+        _check_constants(list(evaluate.nodes), crossing, two, prefix, example)
+        recipe = Recipe(evaluate, end, crossing, two, three)
+        suffix = Suffix(
+            site.model, tracing.open_modules(), lambda graph: recipe.suffix(graph or tracing.graph(), site.model)
+        )
         with site.mode(train=True):
-            suffix.prepare()
+            suffix.prepare(train)
         with site.mode(train=False):
-            suffix.prepare()
+            suffix.prepare(evaluate)
         kept = [crossing.index(position) for position in recipe.stored]
         prefix.select(kept)
         return Cut(prefix, suffix, tuple(recipe.tensors))
@@ -106,7 +109,9 @@ class Prefix(nn.Module):
 class Suffix(Uncopied, nn.Module):
     """Boundary activations -> the model's output. It has no mode of its own: it follows the model's modules."""
 
-    def __init__(self, model: nn.Module, opened: tuple[nn.Module, ...], make: Callable[[], fx.GraphModule]) -> None:
+    def __init__(
+        self, model: nn.Module, opened: tuple[nn.Module, ...], make: Callable[[fx.Graph | None], fx.GraphModule]
+    ) -> None:
         super().__init__()
         self.graphs = nn.ModuleDict()
         # not registered: the whole model is no part of the suffix
@@ -119,14 +124,14 @@ class Suffix(Uncopied, nn.Module):
         self._follow["model"].train(mode)
         return self
 
-    def prepare(self) -> nn.Module:
-        """The graph for the modes that the traced-through modules are in now."""
+    def prepare(self, traced: fx.Graph | None = None) -> nn.Module:
+        """The graph for the modes that the traced-through modules are in now, made of a trace in these modes."""
         opened = self._follow["opened"]
         if self._are_set_anew():
             self._take_up_attributes()
         key = "".join("t" if module.training else "e" for module in opened)
         if key not in self.graphs:
-            self.graphs[key] = self._follow["make"]()
+            self.graphs[key] = self._follow["make"](traced)
         return self.graphs[key]
 
     def _are_set_anew(self) -> bool:
@@ -218,7 +223,21 @@ def _in_tail(node: fx.Node, model: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _TAIL_FUNCTIONS
 
 
-def _by_bytes(site: Site, example: Example, latest: int, train: fx.Graph, evaluate: fx.Graph) -> list[int]:
+class _Place(NamedTuple):
+    """Where the cut may lie.
+
+    Attributes:
+        end: Position of the first node behind it.
+        crossing: Positions of the values that cross.
+        of_two: These values for the first two samples, where they are known.
+    """
+
+    end: int
+    crossing: list[int]
+    of_two: tuple[Any, ...] | None
+
+
+def _by_bytes(site: Site, example: Example, latest: int, train: fx.Graph, evaluate: fx.Graph) -> list[_Place]:
     """Where the cut may lie, the fewest bytes of a row first, and of equals the latest.
 
     What needs no weights right before the boundary can run on either side: pooling to a size above the input's, or a
@@ -228,28 +247,32 @@ def _by_bytes(site: Site, example: Example, latest: int, train: fx.Graph, evalua
     ends = [latest]
     while _in_tail(nodes[ends[-1] - 1], site.model) or _is_free(nodes[ends[-1] - 1]):
         ends.append(ends[-1] - 1)
+    crossing = {end: sorted(_crossing(train, end) | _crossing(evaluate, end)) for end in ends}
     if len(ends) == 1:
-        return ends
+        return [_Place(latest, crossing[latest], None)]
     some = example.take([0, 1])
     with site.mode(train=False), torch.no_grad():
-        sizes = _Bytes(fx.GraphModule(site.model, _prefix_graph(evaluate, latest, [])))
-        sizes.run(*some.args, *some.kwargs.values())
-    row_bytes = {
-        end: sum(sizes.of[nodes[at].name] for at in _crossing(train, end) | _crossing(evaluate, end)) for end in ends
-    }
-    return sorted(ends, key=lambda end: (row_bytes[end], -end))
+        values = _Values(
+            fx.GraphModule(site.model, _prefix_graph(evaluate, latest, [])),
+            {nodes[at].name for found in crossing.values() for at in found},
+        )
+        values.run(*some.args, *some.kwargs.values())
+    places = [_Place(end, crossing[end], tuple(values.of[nodes[at].name] for at in crossing[end])) for end in ends]
+    return sorted(places, key=lambda place: (sum(leaf.nbytes for leaf in tensor_leaves(place.of_two)), -place.end))
 
 
-class _Bytes(fx.Interpreter):
-    """Runs a graph and notes the bytes of every node's value, by the node's name."""
+class _Values(fx.Interpreter):
+    """Runs a graph and keeps some of its nodes' values, by their names."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
-        self.of: dict[str, int] = {}
+        self.of: dict[str, Any] = {}
+        self._names = names
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.of[n.name] = sum(leaf.numel() * leaf.element_size() for leaf in tensor_leaves(value))
+        if n.name in self._names:
+            self.of[n.name] = value
         return value
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError
+from cachefreeze.flops import count_flops
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
@@ -145,16 +146,26 @@ def record_at(
     return recording
 
 
-def check_reads(site: Site, example: Example) -> None:
+def check_reads(site: Site, example: Example) -> int | None:
     """Refuse a forward that lets what is in a batch decide what runs before the boundary.
 
     Samples that take the same way in the verification may take another one in training.
 
+    Returns:
+        The floating-point operations of two samples' forward; None where it was not followed to the end.
+
     Raises:
         SplitError: It does.
     """
+
+    def attempt(opened: frozenset[str]) -> int:
+        with count_flops() as counter:
+            record_at(site, example, 2, opened, train=False)
+        return counter.total
+
     with suppress(OpenInstead):  # seen by the executor that needs to know
-        open_as_needed(lambda opened: record_at(site, example, 2, opened, train=False), may_open=bool)
+        return open_as_needed(attempt, may_open=bool)
+    return None
 
 
 def compare(two: Recording, three: Recording, what: str) -> None:

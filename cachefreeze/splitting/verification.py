@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,50 +29,103 @@ _AMPLIFIED = 10.0
 _ROUNDING_AT_MOST = 1e-2
 # Samples of the example whose rows are compared with what each gives alone.
 _SAMPLES = 8
+# Copies of a sample that is alone: of a single one kernels may be others.
+_ALONE = 2
 # Training steps compared: what is random in one of them may take the same way by chance.
 _SEEDS = 2
 
 
-def verify(cut: Cut, site: Site, example: Example) -> None:
+def verify(cut: Cut, site: Site, example: Example) -> list[Tensor]:
     """Compare a proposed split with the model.
 
     Checks, with everything put back afterwards: eval outputs at two batch sizes; that the prefix draws no random
     numbers; that a row does not depend on the batch; train-mode outputs, gradients and buffers from equal seeds.
 
+    Returns:
+        The rows of two samples.
+
     Raises:
         SplitError: The split is not the model; the message says in what.
         BatchDependentError: A row depends on the other samples of its batch.
     """
-    two = _differing(example)
-    pairs = [two, two.take([0, 1, 0])]
-    before = [site.model.get_submodule(name) for name in site.before]
+    pool, two = _differing(example)
+    # a few samples make the second batch; of many only the rows are made for all
+    few = 2 < pool.batch <= _SAMPLES
+    batches = [two, list(range(pool.batch)) if few else [*two, two[0]]]
     with preserved_random_state() as random_state, preserved_state(site.model):
+        made = _make_rows(cut, site, pool, batches, random_state)
         with site.mode(train=False), torch.no_grad():
-            for some in pairs:
+            for samples, rows in zip(batches, made.together, strict=False):
+                some = pool.take(samples)
                 random_state.restore()  # a suffix may be random even in eval mode
-                expected = _fresh_call(site, some.fresh().call, site.model)
+                expected, written = _call_model(site, some)
                 random_state.restore()
-                with preserved_state(site.model) as attributes:
-                    rows = rows_of(cut.prefix, some.fresh())
-                    moved = [*random_state.moved(), *attributes.drawn()]
-                if moved:
-                    raise SplitError(
-                        f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, "
-                        "so no row is fixed; train from an earlier block"
-                    )
-                compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site, some.fresh()), site)
-            _check_unwritten(two, before, site)
-            _check_separable(cut, site, two)
-            _check_separable(cut, site, example)
+                with preserved_state(site.model):
+                    got = trees.without_generation_caches(suffix_of(cut, _copies(rows), site, some.fresh()))
+                compare("eval output", expected, got, site)
+            if written is not None:
+                raise SplitError(written)
         with site.mode(train=True), torch.enable_grad():
+            _check_separable(cut, site, pool, made)
             for seed in range(_SEEDS):
-                _compare_training(cut, site, pairs[0], seed)
+                if not _compare_training(cut, site, pool.take(two), made.together[0], seed):
+                    break  # nothing is random, and every seed the same
+    return made.together[0]
 
 
-def _fresh_call(site: Site, function: Any, *arguments: Any) -> Any:
-    """A forward that starts from the model's state as it is, and leaves it so."""
+class _Made(NamedTuple):
+    """Rows of batches, of which samples each is, and the rows of each sample alone."""
+
+    batches: list[list[int]]
+    together: list[list[Tensor]]
+    alone: dict[int, list[Tensor]]
+
+
+def _make_rows(cut: Cut, site: Site, pool: Example, batches: list[list[int]], random_state: RandomState) -> _Made:
+    """Run the prefix over batches in eval mode, and over each sample alone in the mode that a fill runs in.
+
+    Nothing is put back in between: what rows owe to earlier forwards shows.
+
+    Raises:
+        SplitError: The prefix draws random numbers.
+    """
+    with preserved_state(site.model) as attributes:
+        with site.mode(train=False), torch.no_grad():
+            together = [rows_of(cut.prefix, pool.take(samples).fresh()) for samples in batches]
+            if pool.batch > _SAMPLES:
+                batches = [*batches, list(range(_SAMPLES))]
+                together.append(rows_of(cut.prefix, pool.fresh()))
+        with site.mode(train=True), torch.enable_grad():
+            samples = sorted({sample for batch in batches for sample in batch})
+            alone = {sample: rows_of(cut.prefix, pool.take([sample] * _ALONE)) for sample in samples}
+        moved = [*random_state.moved(), *attributes.drawn()]
+    if moved:
+        raise SplitError(
+            f"something before {site.name!r} draws random numbers ({', '.join(moved)}) even in eval mode, so no row is "
+            "fixed; train from an earlier block"
+        )
+    return _Made(batches, together, alone)
+
+
+def _call_model(site: Site, some: Example) -> tuple[Any, str | None]:
+    """The model's output, and what is wrong where a frozen module writes a buffer even in eval mode."""
+    frozen = [(name, site.model.get_submodule(name)) for name in site.before]
+    buffers = [(name, m, key, b, b.clone()) for name, m in frozen for key, b in m.named_buffers(recurse=False)]
     with preserved_state(site.model):
-        return trees.without_generation_caches(function(*arguments))
+        output = trees.without_generation_caches(some.fresh().call(site.model))
+        for name, module, key, buffer, value in buffers:
+            now = module._buffers.get(key)
+            if now is not buffer or not torch.equal(now.nan_to_num(0), value.nan_to_num(0)):
+                return output, (
+                    f"{name!r} ({type(module).__name__}) runs before {site.name!r} and writes its buffer {key!r} even "
+                    "in eval mode, so rows would depend on what was computed before them; train from it"
+                )
+    return output, None
+
+
+def _copies(rows: list[Tensor]) -> list[Tensor]:
+    """Rows for a suffix, which may write into them."""
+    return [row.clone() for row in rows]
 
 
 def suffix_of(cut: Cut, rows: list[Tensor], site: Site, some: Example) -> Any:
@@ -84,48 +137,35 @@ def suffix_of(cut: Cut, rows: list[Tensor], site: Site, some: Example) -> Any:
         raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {first_line(error)}") from error
 
 
-def _differing(example: Example) -> Example:
-    """Two samples that differ, else noise beside the first: two equal ones would show no dependence on a batch."""
+def _differing(example: Example) -> tuple[Example, list[int]]:
+    """Samples of which two differ, and these two: equal ones would show no dependence on a batch.
+
+    Where all are equal, there is noise beside the first.
+    """
     for other in range(1, example.batch):
-        pair = example.take([0, other])
-        if any(not torch.equal(a, b) for a, b in pair.first_two()):
-            return pair
+        if any(not torch.equal(a, b) for a, b in example.take([0, other]).first_two()):
+            return example, [0, other]
     pair = example.take([0, 1]).fresh()
     generator = torch.Generator().manual_seed(0)
     for _, second in pair.first_two():
         if second.is_floating_point():
             second.copy_(torch.randn(second.shape, generator=generator))
-    return pair
+    return pair, [0, 1]
 
 
-def _check_unwritten(some: Example, before: list[nn.Module], site: Site) -> None:
-    """A frozen module that writes a buffer even in eval mode makes rows depend on what was computed before."""
-    names = {id(module): name for name, module in site.model.named_modules()}
-    buffers = [(m, key, b, b.clone()) for m in before for key, b in m.named_buffers(recurse=False)]
-    with preserved_state(site.model):
-        some.fresh().call(site.model)
-        for module, key, buffer, value in buffers:
-            now = module._buffers.get(key)
-            if now is not buffer or not torch.equal(now.nan_to_num(0), value.nan_to_num(0)):
-                raise SplitError(
-                    f"{names[id(module)]!r} ({type(module).__name__}) runs before {site.name!r} and writes its buffer "
-                    f"{key!r} even in eval mode, so rows would depend on what was computed before them; train from it"
-                )
-
-
-def _check_separable(cut: Cut, site: Site, example: Example) -> None:
-    together = rows_of(cut.prefix, example.fresh())
-    for sample in range(min(example.batch, _SAMPLES)):
-        alone = rows_of(cut.prefix, example.take([sample] * 3))  # other samples, and another number of them
-        for number, (spec, all_rows, one) in enumerate(zip(cut.tensors, together, alone, strict=True)):
-            wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
-            if not close(wanted, got, _ACROSS_BATCHES) and not _rounds_as_much(
-                cut, example, sample, number, got, wanted
-            ):
-                raise BatchDependentError(
-                    f"a row before {site.name!r} depends on the other samples of its batch (sample {sample}: "
-                    f"{difference(wanted, got)}), so it cannot be cached; train from an earlier block"
-                )
+def _check_separable(cut: Cut, site: Site, pool: Example, made: _Made) -> None:
+    """Compare each sample's rows in batches with those it has alone: no other samples, another number of them."""
+    for samples, together in zip(made.batches, made.together, strict=True):
+        for at, sample in enumerate(samples):
+            for number, spec in enumerate(cut.tensors):
+                wanted, got = _sample(together[number], spec, at), _sample(made.alone[sample][number], spec, 0)
+                if not close(wanted, got, _ACROSS_BATCHES) and not _rounds_as_much(
+                    cut, pool, sample, number, got, wanted
+                ):
+                    raise BatchDependentError(
+                        f"a row before {site.name!r} depends on the other samples of its batch (sample {sample}: "
+                        f"{difference(wanted, got)}), so it cannot be cached; train from an earlier block"
+                    )
 
 
 def _rounds_as_much(cut: Cut, example: Example, sample: int, number: int, row: Tensor, other: Tensor) -> bool:
@@ -138,7 +178,7 @@ def _rounds_as_much(cut: Cut, example: Example, sample: int, number: int, row: T
         return False
     spec = cut.tensors[number]
     noise = 0.0
-    for count in (2, 4, 5, 8):
+    for count in (3, 4, 5, 8):
         copies = _sample(rows_of(cut.prefix, example.take([sample] * count))[number], spec, 0)
         noise = max(noise, float((copies.double() - row.double()).abs().max()))
     if noise > _ROUNDING_AT_MOST * float(
@@ -152,8 +192,12 @@ def _sample(rows: Tensor, spec: BoundaryTensor, index: int) -> Tensor:
     return rows.select(spec.batch_dim, index)
 
 
-def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
-    """One seeded forward and backward of the model and of the split: outputs, gradients, buffers, random draws."""
+def _compare_training(cut: Cut, site: Site, some: Example, rows: list[Tensor], seed: int) -> bool:
+    """One seeded forward and backward of the model and of the split: outputs, gradients, buffers, random draws.
+
+    Returns:
+        Whether anything was drawn.
+    """
     try:
         whole = train_once(site.model, lambda: some.fresh().call(site.model), seed)
     except SplitError:
@@ -163,9 +207,7 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
             f"{type(site.model).__name__} itself cannot be trained on these inputs: {first_line(error)}"
         ) from error
     try:
-        split = train_once(
-            site.model, lambda: suffix_of(cut, rows_of(cut.prefix, some.fresh()), site, some.fresh()), seed
-        )
+        split = train_once(site.model, lambda: suffix_of(cut, _copies(rows), site, some.fresh()), seed)
     except SplitError:
         raise
     except RuntimeError as error:  # the model's own backward went through
@@ -174,6 +216,9 @@ def _compare_training(cut: Cut, site: Site, some: Example, seed: int) -> None:
         compare(what, expected, got, site)
     if whole[3] != split[3]:
         raise SplitError(f"the split at {site.name!r} draws other random numbers in training than the model")
+    with preserved_random_state():
+        seed_generators(seed)
+        return bool(whole[3] != RandomState.capture().key)
 
 
 def train_once(model: nn.Module, forward: Any, seed: int) -> tuple[Any, Any, Any, Any]:
