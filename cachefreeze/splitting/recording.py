@@ -1,13 +1,14 @@
 """One forward, recorded: which values it makes, from which others, and where each could be kept and put back.
 
-A forward is followed by tensor identity and version. A *closed* call is opaque: its modules are frozen, what it
-returns can be kept, and it need not run again. Everything else is *glue*, which the suffix runs again. A frozen call
-whose inputs are random (a functional dropout in a half-frozen parent) is glue as well: no row could stand for it.
+A forward is followed by tensor identity and version; no tensor is held, so it takes the memory that it takes alone. A
+*closed* call is opaque: its modules are frozen, what it returns can be kept, and it need not run again. Everything else
+is *glue*, which the suffix runs again. A frozen call whose inputs are random (a functional dropout in a half-frozen
+parent) is glue as well: no row could stand for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.contents import SIZES, Contents
-from cachefreeze.splitting.memory import Memory, address_of
+from cachefreeze.splitting.memory import Memory, Region, address_of, region_of
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import METADATA, Call, Example, Usage
@@ -115,6 +117,26 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
     return recorder.recording
 
 
+@dataclass
+class _Known:
+    """A tensor of the forward, and which value it is now.
+
+    Attributes:
+        tensor: The tensor, while it lives.
+        region: Its memory, which others may share.
+    """
+
+    tensor: TensorWeakRef
+    number: int = -1
+    region: Region | None = None
+
+    def address(self, tensor: Tensor | None) -> int:
+        """Where its memory begins, which may outlive the tensor; 0 where there is none, or none any more."""
+        if tensor is not None:
+            return address_of(tensor)
+        return self.region.address if self.region is not None and self.region.lives else 0
+
+
 class _Recorder(TorchFunctionMode):
     """Follows tensors by identity and version through one forward."""
 
@@ -137,16 +159,16 @@ class _Recorder(TorchFunctionMode):
         self._numbers: dict[str, int] = {}
         self._last_start = -1
         self._now = 0
-        self._of: dict[int, tuple[int, Tensor]] = {}  # id -> value number; the tensor is held, or its id would return
-        self._inside: dict[int, str] = {}  # id -> closed module in which it was made
+        self._of: MutableMapping[Tensor, _Known] = WeakIdKeyDictionary()
+        self._known: list[_Known] = []
+        self._inside: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # closed module in which it was made
         self._contents = Contents()
         self._start = RandomState.capture()
-        self._drawn: dict[int, Callable[[], Any]] = {}  # id -> how to draw it again
+        self._drawn: MutableMapping[Tensor, Callable[[], Any]] = WeakIdKeyDictionary()  # how to draw it again
         self._arguments: set[int] = set()  # numbers of the values that enter a boundary
         self._closed: str | None = None
         self._touched = False
         self._stack: list[tuple[str, RandomState]] = []
-        self._kept: list[Any] = []
 
     @property
     def _ended(self) -> bool:
@@ -158,7 +180,7 @@ class _Recorder(TorchFunctionMode):
 
     def take_inputs(self, example: Example) -> None:
         for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
-            if isinstance(leaf, Tensor) and id(leaf) not in self._of:
+            if isinstance(leaf, Tensor) and leaf not in self._of:
                 self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
                 self._contents.take_input(leaf)
 
@@ -242,19 +264,18 @@ class _Recorder(TorchFunctionMode):
         """From here on everything is suffix; the boundary's arguments are values of their own."""
         if self._checking:
             self._refuse_unseen_draws(self._stack)
-        outside: dict[int, tuple[int, Tensor]] = {}
+        outside: dict[int, tuple[_Known, int, int]] = {}
         with torch._C.DisableTorchFunction():
             for at, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
-                if isinstance(leaf, Tensor) and id(leaf) not in outside and self._number(leaf) is not None:
-                    outside[id(leaf)] = self._of[id(leaf)]
-                    source = self._of[id(leaf)][0]
-                    self._arguments.add(self._add(leaf, frozenset({source}), ("argument", block, 0, at)))
-        entered = {key: self._of[key][0] for key in outside}
+                if isinstance(leaf, Tensor) and id(leaf) not in outside and (source := self._number(leaf)) is not None:
+                    entered = self._add(leaf, frozenset({source}), ("argument", block, 0, at))
+                    self._arguments.add(entered)
+                    outside[id(leaf)] = self._of[leaf], source, entered
         self.recording.boundaries[block] = self._tick()
         result = self._run(call, own, args, kwargs)
-        for key, known in outside.items():
-            if self._of[key][0] == entered[key]:
-                self._of[key] = known
+        for known, source, entered in outside.values():
+            if known.number == entered:
+                known.number = source
         return result
 
     def _close(
@@ -264,7 +285,7 @@ class _Recorder(TorchFunctionMode):
         ids = [id(leaf) for leaf in given]
         if not self._touched:  # made of weights and shapes alone, or handed through: the suffix does the same
             for at, leaf in enumerate(found):
-                self._inside.pop(id(leaf), None)
+                self._inside.pop(leaf, None)
                 if name == self._batching and leaf is result[0].tensors:
                     self._add(leaf, frozenset(), ("output", name, number, at), opaque=True)
             self.recording.constant.add((name, number))
@@ -290,7 +311,7 @@ class _Recorder(TorchFunctionMode):
             elif id(leaf) in ids:
                 described.append(("argument", ids.index(id(leaf))))
             else:
-                self._inside.pop(id(leaf), None)
+                self._inside.pop(leaf, None)
                 made = self._add(leaf, inputs, ("output", name, number, at), opaque=not again)
                 described.append(("value", made))
         self.recording.closed[name, number] = ClosedCall(name, number, structure, described, written)
@@ -310,22 +331,29 @@ class _Recorder(TorchFunctionMode):
         opaque: bool = False,
         random: bool = False,
     ) -> int:
-        values = self.recording.values
-        number = len(values)
-        random = random or any(values[n].random for n in inputs)
         if place is not None and place[0] != "input" and self._contents.is_pure(tensor):
             place, opaque = None, False  # a mask may be left out where it masks nothing: what it is made of is kept
-        shape = tuple(tensor.shape)
-        values.append(Value(shape, tensor.dtype, inputs, self._tick(), place, opaque, random, tensor=tensor.detach()))
-        self._of[id(tensor)] = (number, tensor)
+        about = tuple(tensor.shape), tensor.dtype, _strides(tensor)
+        number = self._append(Value(*about, inputs, self._tick(), place, opaque, random))
+        known = self._of.get(tensor)
+        if known is None:
+            known = self._of[tensor] = _Known(TensorWeakRef(tensor))
+            self._known.append(known)
+        known.number, known.region = number, region_of(tensor)
         self.memory.note(tensor, frozenset({number}))
         return number
 
+    def _append(self, value: Value) -> int:
+        values = self.recording.values
+        value.random = value.random or any(values[n].random for n in value.inputs)
+        values.append(value)
+        return len(values) - 1
+
     def _number(self, leaf: Tensor) -> int | None:
-        if id(leaf) in self._inside:
-            raise OpenInstead(self._inside[id(leaf)], "makes a tensor that is used outside it")
-        if id(leaf) in self._of:
-            return self._of[id(leaf)][0]
+        if leaf in self._inside:
+            raise OpenInstead(self._inside[leaf], "makes a tensor that is used outside it")
+        if leaf in self._of:
+            return self._of[leaf].number
         held = frozenset[int]() if isinstance(leaf, nn.Parameter) else self.memory.of(leaf)
         return self._add(leaf, held) if held else None
 
@@ -337,16 +365,25 @@ class _Recorder(TorchFunctionMode):
         """A write reaches every tensor in the same memory."""
         if not inputs and not random:
             return
-        addresses = {address_of(leaf) for leaf in written} - {0}
+        reached = {address: leaf for leaf in written if (address := address_of(leaf))}
         values = self.recording.values
-        for number, tensor in list(self._of.values()):
-            if address_of(tensor) in addresses:
-                values[number].written = True
-                if number in self._arguments:
-                    values[number].place = None  # what the boundary writes into is seen outside it too
-                self._add(tensor, inputs | {number}, random=random)
+        placed = [(known, tensor, known.address(tensor)) for known in self._known for tensor in [known.tensor()]]
+        self._known = [known for known, tensor, address in placed if tensor is not None or address]
+        for known, tensor, address in placed:
+            if address not in reached:
+                continue
+            value, made_of = values[known.number], inputs | {known.number}
+            value.written = True
+            if known.number in self._arguments:
+                value.place = None  # what the boundary writes into is seen outside it too
+            if tensor is not None:
+                self._add(tensor, made_of, random=random)
+            else:  # numbered all the same: when a tensor dies is no part of a forward
+                about = value.shape, value.dtype, value.strides
+                known.number = self._append(Value(*about, made_of, self._tick(), random=random))
+                self.memory.note(reached[address], frozenset({known.number}))
         for leaf in written:
-            if id(leaf) not in self._of:
+            if leaf not in self._of:
                 self._add(leaf, inputs, random=random)
 
     # --- operations ---
@@ -366,17 +403,16 @@ class _Recorder(TorchFunctionMode):
             if self._checking and name in SIZES and self._contents.has_sized(given):
                 self._refuse_read(name)
             return result
-        depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
+        depend = [leaf for leaf in given if leaf in self._of or self.memory.of(leaf)]
         self._contents.follow_sizes(name, given, depend, made)
-        self._kept += made
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
         of_masks = self._contents.follow(name, given, depend, [*made, *written])
         asks_truth = self._follow_read(name, depend, of_masks=of_masks)
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
-                if id(leaf) not in self._of:
-                    self._inside[id(leaf)] = self._closed
+                if leaf not in self._of:
+                    self._inside[leaf] = self._closed
             return result
         drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
         if drew:
@@ -387,7 +423,7 @@ class _Recorder(TorchFunctionMode):
                 return not result
         else:
             self._glue(name, given, made, written, drew=drew)
-        if drew or any(id(leaf) in self._drawn for leaf in given):
+        if drew or any(leaf in self._drawn for leaf in given):
             self._follow_draw(name, func, args, kwargs, made, depend)
         return result
 
@@ -402,7 +438,7 @@ class _Recorder(TorchFunctionMode):
         self._write(written, inputs, random=drew)
         if inputs:
             for leaf in made:
-                if id(leaf) not in self._of:
+                if leaf not in self._of:
                     self._add(leaf, inputs, random=drew)
 
     def _reach_by_use(self) -> None:
@@ -425,9 +461,10 @@ class _Recorder(TorchFunctionMode):
         """Random numbers that no input went into decide which layers run, where they are read into Python."""
         if depend or not self._checking:
             return
+        sources = [self._drawn.get(leaf) if isinstance(leaf, Tensor) else None for leaf in args]
 
         def again() -> Any:
-            fresh = [self._drawn[id(leaf)]() if id(leaf) in self._drawn else leaf for leaf in args]
+            fresh = [leaf if source is None else source() for leaf, source in zip(args, sources, strict=True)]
             return func(*fresh, **kwargs)
 
         if name in _READS:
@@ -436,7 +473,7 @@ class _Recorder(TorchFunctionMode):
             if len(outcomes) > 1:
                 self._refuse_random_control_flow()
         for leaf in made:
-            self._drawn[id(leaf)] = again
+            self._drawn[leaf] = again
 
     # --- refusals ---
 
@@ -490,6 +527,13 @@ class _Recorder(TorchFunctionMode):
             f"replay: {self._where} draws a random number to decide which layers run before {self._before} "
             "(LayerDrop?), so no fixed part runs before it; set its rate to 0, or train from an earlier block"
         )
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    try:
+        return tuple(tensor.stride())
+    except (RuntimeError, NotImplementedError):  # sparse tensors have none
+        return None
 
 
 def _version(leaf: Any) -> int:
