@@ -698,6 +698,19 @@ def corrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+class Chaotic(nn.Module):
+    """The last bit of its inputs decides what it gives, and a batch moves the last bit, as blocked sums do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        return self.head(torch.sin(1e9 * (y + 1e-7 * y.mean(dim=0))))
+
+
 class TestVerification:
     """A cut that is wrong in any one way is refused, and the message says in which."""
 
@@ -747,6 +760,19 @@ class TestVerification:
         )
         with pytest.raises(BatchDependentError, match=r"before 'conv2' depends on the other samples"):
             cf.split(Chain(), images(), "conv2")
+
+    def test_what_a_sample_gives_alone_is_computed_once(self):
+        model = Chain()
+        seen = []
+        own = model.conv1.forward
+        model.conv1.forward = lambda x: (seen.append(x.clone()), own(x))[1]
+        cf.split(model, images(), "conv2")
+        alone = [x for x in seen if len(x) == 3 and torch.equal(x[0], x[1]) and torch.equal(x[0], x[2])]
+        assert len(alone) == len(images())
+
+    def test_a_row_that_follows_rounding_is_told_from_one_that_follows_other_samples(self):
+        with pytest.raises(BatchDependentError, match="before 'head' follows rounding, which differs between batches"):
+            cf.split(Chaotic(), vectors(), "head")
 
     @pytest.mark.parametrize(("change", "named"), [(draws, "torch"), (numpy_draws, "numpy")])
     def test_a_prefix_that_draws_random_numbers(self, corrupted, change, named):

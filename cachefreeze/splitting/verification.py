@@ -43,7 +43,7 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
         SplitError: The split is not the model; the message says in what.
         BatchDependentError: A row depends on the other samples of its batch.
     """
-    two = _differing(example)
+    two, other = _differing(example)
     pairs = [two, two.take([0, 1, 0])]
     before = [site.model.get_submodule(name) for name in site.before]
     with preserved_random_state() as random_state, preserved_state(site.model):
@@ -62,8 +62,9 @@ def verify(cut: Cut, site: Site, example: Example) -> None:
                     )
                 compare("eval output", expected, _fresh_call(site, suffix_of, cut, rows, site, some.fresh()), site)
             _check_unwritten(two, before, site)
-            _check_separable(cut, site, two)
-            _check_separable(cut, site, example)
+            alone: dict[int, list[Tensor]] = {}
+            _check_separable(cut, site, two, (0, other), alone)
+            _check_separable(cut, site, example, range(min(example.batch, _SAMPLES)), alone)
         with site.mode(train=True), torch.enable_grad():
             for seed in range(_SEEDS):
                 _compare_training(cut, site, pairs[0], seed)
@@ -84,18 +85,22 @@ def suffix_of(cut: Cut, rows: list[Tensor], site: Site, some: Example) -> Any:
         raise SplitError(f"the suffix cut at {site.name!r} cannot run: {kind}: {first_line(error)}") from error
 
 
-def _differing(example: Example) -> Example:
-    """Two samples that differ, else noise beside the first: two equal ones would show no dependence on a batch."""
+def _differing(example: Example) -> tuple[Example, int]:
+    """Two samples that differ, else noise beside the first: two equal ones would show no dependence on a batch.
+
+    Returns:
+        The pair, and which sample of the example the second one is: -1 for noise.
+    """
     for other in range(1, example.batch):
         pair = example.take([0, other])
         if any(not torch.equal(a, b) for a, b in pair.first_two()):
-            return pair
+            return pair, other
     pair = example.take([0, 1]).fresh()
     generator = torch.Generator().manual_seed(0)
     for _, second in pair.first_two():
         if second.is_floating_point():
             second.copy_(torch.randn(second.shape, generator=generator))
-    return pair
+    return pair, -1
 
 
 def _check_unwritten(some: Example, before: list[nn.Module], site: Site) -> None:
@@ -113,19 +118,50 @@ def _check_unwritten(some: Example, before: list[nn.Module], site: Site) -> None
                 )
 
 
-def _check_separable(cut: Cut, site: Site, example: Example) -> None:
+def _check_separable(
+    cut: Cut, site: Site, example: Example, samples: Iterable[int], alone: dict[int, list[Tensor]]
+) -> None:
+    """Compare rows of the first samples of a batch with those among copies of their own.
+
+    Args:
+        cut: The split.
+        site: Where it is.
+        example: The batch.
+        samples: What its first samples are known as in ``alone``.
+        alone: Rows made before, to which those made here are added.
+    """
     together = rows_of(cut.prefix, example.fresh())
-    for sample in range(min(example.batch, _SAMPLES)):
-        alone = rows_of(cut.prefix, example.take([sample] * 3))  # other samples, and another number of them
-        for number, (spec, all_rows, one) in enumerate(zip(cut.tensors, together, alone, strict=True)):
-            wanted, got = _sample(all_rows, spec, sample), _sample(one, spec, 0)
+    for sample, known_as in enumerate(samples):
+        if known_as not in alone:
+            made = rows_of(cut.prefix, example.take([sample] * 3))  # other samples, and another number of them
+            alone[known_as] = [_sample(one, spec, 0).clone() for spec, one in zip(cut.tensors, made, strict=True)]
+        for number, (spec, all_rows, got) in enumerate(zip(cut.tensors, together, alone[known_as], strict=True)):
+            wanted = _sample(all_rows, spec, sample)
             if not close(wanted, got, _ACROSS_BATCHES) and not _rounds_as_much(
                 cut, example, sample, number, got, wanted
             ):
+                if _amplifies_rounding(cut, example, sample, number, wanted, got):
+                    raise BatchDependentError(
+                        f"a row before {site.name!r} follows rounding, which differs between batches (sample {sample}: "
+                        f"{difference(wanted, got)}): inputs that differ in their last bit move it as far, so it "
+                        "cannot be cached; are these real inputs, and weights and batch statistics that fit them? If "
+                        "so, train from an earlier block"
+                    )
                 raise BatchDependentError(
                     f"a row before {site.name!r} depends on the other samples of its batch (sample {sample}: "
                     f"{difference(wanted, got)}), so it cannot be cached; train from an earlier block"
                 )
+
+
+def _amplifies_rounding(cut: Cut, example: Example, sample: int, number: int, row: Tensor, other: Tensor) -> bool:
+    """Whether a row moves about as far where the last bit of its inputs does: then no other sample is to blame."""
+    if not row.is_floating_point() or row.shape != other.shape:
+        return False
+    copies = example.take([sample] * 3)
+    moved = copies.map(lambda t: t * (1 + torch.finfo(t.dtype).eps) if t.is_floating_point() else t)
+    spec = cut.tensors[number]
+    exact, nudged = (_sample(rows_of(cut.prefix, some)[number], spec, 0).double() for some in (copies, moved))
+    return float((row.double() - other.double()).abs().max()) <= _AMPLIFIED * float((exact - nudged).abs().max())
 
 
 def _rounds_as_much(cut: Cut, example: Example, sample: int, number: int, row: Tensor, other: Tensor) -> bool:
