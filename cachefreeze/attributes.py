@@ -53,7 +53,12 @@ class Attributes:
         seen: set[int] = set()  # a configuration is shared by every layer
         for name, module in modules:
             own = {key: value for key, value in vars(module).items() if key not in self._APART}
-            self._kept.append((name, module, own, {key: list(_contents(value, seen)) for key, value in own.items()}))
+            held = {
+                key: list(_contents(value, seen))
+                for key, value in own.items()
+                if value is not None and not isinstance(value, _PLAIN)
+            }
+            self._kept.append((name, module, own, held))
 
     def drawn(self) -> list[str]:
         """Dotted names of the attributes whose random generator was drawn from."""
@@ -91,8 +96,9 @@ class _Holding:
 
     def __init__(self, container: Any) -> None:
         self._now = container
-        # plain ones: a module has ten ordered dicts of hooks, nearly all of them empty
-        self._before = (dict if isinstance(container, dict) else list)(container)
+        # plain ones: a module has ten ordered dicts of hooks, nearly all of them empty, which are slow to copy
+        kind = dict if isinstance(container, dict) else list
+        self._before = kind(container) if container else kind()
 
     def changed(self) -> bool:
         return not _same_items(self._now, self._before)
@@ -141,6 +147,8 @@ def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
     seen.add(id(value))
     if not isinstance(value, tuple):
         yield _Holding(value)
+    if not value:
+        return
     for item in list(value.values() if isinstance(value, dict) else value):
         yield from _contents(item, seen, depth - 1)
 
@@ -149,6 +157,8 @@ def _same_items(now: Any, before: Any) -> bool:
     """Whether a container holds the very same objects: comparing tensors by value would be no answer."""
     if len(now) != len(before):
         return False
+    if not before:
+        return True
     if isinstance(before, dict):
         return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
     if isinstance(now, set):

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.contents import SIZES, Contents
-from cachefreeze.splitting.memory import Memory, Region, address_of, region_of
+from cachefreeze.splitting.memory import Memory
 from cachefreeze.splitting.replica import replicate
-from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
+from cachefreeze.splitting.tensors import Known, Tensors
+from cachefreeze.splitting.values import ClosedCall, Place, Recording
 from cachefreeze.tracing import METADATA, Call, Example, Usage
 
 # What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
@@ -117,26 +118,6 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
     return recorder.recording
 
 
-@dataclass
-class _Known:
-    """A tensor of the forward, and which value it is now.
-
-    Attributes:
-        tensor: The tensor, while it lives.
-        region: Its memory, which others may share.
-    """
-
-    tensor: TensorWeakRef
-    number: int = -1
-    region: Region | None = None
-
-    def address(self, tensor: Tensor | None) -> int:
-        """Where its memory begins, which may outlive the tensor; 0 where there is none, or none any more."""
-        if tensor is not None:
-            return address_of(tensor)
-        return self.region.address if self.region is not None and self.region.lives else 0
-
-
 class _Recorder(TorchFunctionMode):
     """Follows tensors by identity and version through one forward."""
 
@@ -159,13 +140,11 @@ class _Recorder(TorchFunctionMode):
         self._numbers: dict[str, int] = {}
         self._last_start = -1
         self._now = 0
-        self._of: MutableMapping[Tensor, _Known] = WeakIdKeyDictionary()
-        self._known: list[_Known] = []
+        self._tensors = Tensors(self.recording.values, self.memory)
         self._inside: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # closed module in which it was made
         self._contents = Contents()
         self._start = RandomState.capture()
         self._drawn: MutableMapping[Tensor, Callable[[], Any]] = WeakIdKeyDictionary()  # how to draw it again
-        self._arguments: set[int] = set()  # numbers of the values that enter a boundary
         self._closed: str | None = None
         self._touched = False
         self._stack: list[tuple[str, RandomState]] = []
@@ -180,7 +159,7 @@ class _Recorder(TorchFunctionMode):
 
     def take_inputs(self, example: Example) -> None:
         for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
-            if isinstance(leaf, Tensor) and leaf not in self._of:
+            if isinstance(leaf, Tensor) and leaf not in self._tensors:
                 self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
                 self._contents.take_input(leaf)
 
@@ -264,13 +243,15 @@ class _Recorder(TorchFunctionMode):
         """From here on everything is suffix; the boundary's arguments are values of their own."""
         if self._checking:
             self._refuse_unseen_draws(self._stack)
-        outside: dict[int, tuple[_Known, int, int]] = {}
+        outside: dict[int, tuple[Known, int, int]] = {}
         with torch._C.DisableTorchFunction():
             for at, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
                 if isinstance(leaf, Tensor) and id(leaf) not in outside and (source := self._number(leaf)) is not None:
                     entered = self._add(leaf, frozenset({source}), ("argument", block, 0, at))
-                    self._arguments.add(entered)
-                    outside[id(leaf)] = self._of[leaf], source, entered
+                    self._tensors.arguments.add(entered)
+                    known = self._tensors.known(leaf)
+                    assert known is not None
+                    outside[id(leaf)] = known, source, entered
         self.recording.boundaries[block] = self._tick()
         result = self._run(call, own, args, kwargs)
         for known, source, entered in outside.values():
@@ -297,7 +278,7 @@ class _Recorder(TorchFunctionMode):
         written = []
         for at, leaf in enumerate(given):
             if isinstance(leaf, Tensor) and before[id(leaf)] != _version(leaf) and ids.index(id(leaf)) == at:
-                self._write([leaf], numbers)
+                self._tensors.write([leaf], numbers, self._tick)
                 changed = self._add(leaf, inputs, ("written", name, number, at), opaque=not again)
                 written.append((at, changed))
         described: list[tuple[Any, Any]] = []
@@ -333,58 +314,19 @@ class _Recorder(TorchFunctionMode):
     ) -> int:
         if place is not None and place[0] != "input" and self._contents.is_pure(tensor):
             place, opaque = None, False  # a mask may be left out where it masks nothing: what it is made of is kept
-        about = tuple(tensor.shape), tensor.dtype, _strides(tensor)
-        number = self._append(Value(*about, inputs, self._tick(), place, opaque, random))
-        known = self._of.get(tensor)
-        if known is None:
-            known = self._of[tensor] = _Known(TensorWeakRef(tensor))
-            self._known.append(known)
-        known.number, known.region = number, region_of(tensor)
-        self.memory.note(tensor, frozenset({number}))
-        return number
-
-    def _append(self, value: Value) -> int:
-        values = self.recording.values
-        value.random = value.random or any(values[n].random for n in value.inputs)
-        values.append(value)
-        return len(values) - 1
+        return self._tensors.add(tensor, inputs, self._tick(), place, opaque=opaque, random=random)
 
     def _number(self, leaf: Tensor) -> int | None:
         if leaf in self._inside:
             raise OpenInstead(self._inside[leaf], "makes a tensor that is used outside it")
-        if leaf in self._of:
-            return self._of[leaf].number
+        if (known := self._tensors.known(leaf)) is not None:
+            return known.number
         held = frozenset[int]() if isinstance(leaf, nn.Parameter) else self.memory.of(leaf)
         return self._add(leaf, held) if held else None
 
     def _value_numbers(self, leaves: list[Any]) -> frozenset[int]:
         found = (self._number(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         return frozenset(number for number in found if number is not None)
-
-    def _write(self, written: list[Tensor], inputs: frozenset[int], *, random: bool = False) -> None:
-        """A write reaches every tensor in the same memory."""
-        if not inputs and not random:
-            return
-        reached = {address: leaf for leaf in written if (address := address_of(leaf))}
-        values = self.recording.values
-        placed = [(known, tensor, known.address(tensor)) for known in self._known for tensor in [known.tensor()]]
-        self._known = [known for known, tensor, address in placed if tensor is not None or address]
-        for known, tensor, address in placed:
-            if address not in reached:
-                continue
-            value, made_of = values[known.number], inputs | {known.number}
-            value.written = True
-            if known.number in self._arguments:
-                value.place = None  # what the boundary writes into is seen outside it too
-            if tensor is not None:
-                self._add(tensor, made_of, random=random)
-            else:  # numbered all the same: when a tensor dies is no part of a forward
-                about = value.shape, value.dtype, value.strides
-                known.number = self._append(Value(*about, made_of, self._tick(), random=random))
-                self.memory.note(reached[address], frozenset({known.number}))
-        for leaf in written:
-            if leaf not in self._of:
-                self._add(leaf, inputs, random=random)
 
     # --- operations ---
 
@@ -403,7 +345,7 @@ class _Recorder(TorchFunctionMode):
             if self._checking and name in SIZES and self._contents.has_sized(given):
                 self._refuse_read(name)
             return result
-        depend = [leaf for leaf in given if leaf in self._of or self.memory.of(leaf)]
+        depend = [leaf for leaf in given if leaf in self._tensors or self.memory.of(leaf)]
         self._contents.follow_sizes(name, given, depend, made)
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
         of_masks = self._contents.follow(name, given, depend, [*made, *written])
@@ -411,7 +353,7 @@ class _Recorder(TorchFunctionMode):
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
-                if leaf not in self._of:
+                if leaf not in self._tensors:
                     self._inside[leaf] = self._closed
             return result
         drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
@@ -435,10 +377,10 @@ class _Recorder(TorchFunctionMode):
             self.recording.uses.append((self._tick(), inputs))
             if not made and not written:  # read into Python: the suffix reads it too
                 self.recording.reads.append((self._now, inputs))
-        self._write(written, inputs, random=drew)
+        self._tensors.write(written, inputs, self._tick, random=drew)
         if inputs:
             for leaf in made:
-                if leaf not in self._of:
+                if leaf not in self._tensors:
                     self._add(leaf, inputs, random=drew)
 
     def _reach_by_use(self) -> None:
@@ -527,13 +469,6 @@ class _Recorder(TorchFunctionMode):
             f"replay: {self._where} draws a random number to decide which layers run before {self._before} "
             "(LayerDrop?), so no fixed part runs before it; set its rate to 0, or train from an earlier block"
         )
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...] | None:
-    try:
-        return tuple(tensor.stride())
-    except (RuntimeError, NotImplementedError):  # sparse tensors have none
-        return None
 
 
 def _version(leaf: Any) -> int:
