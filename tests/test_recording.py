@@ -147,3 +147,34 @@ def test_a_write_reaches_the_value_of_a_dead_tensor(monkeypatch, boundary):
         rows = parts.prefix(vectors() + 1)
         rows = rows if isinstance(rows, tuple) else (rows,)
         assert torch.equal(parts.suffix(*[row.clone() for row in rows]), model(vectors() + 1))
+
+
+class Sizes(nn.Module):
+    """Weights and a number, of the shape of its input alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[int, Tensor]:
+        return x.shape[1], self.table * 2
+
+
+class AsksForSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = Sizes()
+        self.stem = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width, table = self.sizes(x)
+        return self.head(self.stem(x) / width + table)
+
+
+def test_a_call_that_returns_a_number_and_weights_is_none_of_a_value(monkeypatch):
+    monkeypatch.setattr(splitting, "_EXECUTORS", (ReplayExecutor(),))
+    model = AsksForSizes().eval()
+    parts = cf.split(model, vectors(), "head")
+    assert parts.boundary.bytes_per_sample == 24
+    assert torch.equal(parts.suffix(parts.prefix(vectors())), model(vectors()))

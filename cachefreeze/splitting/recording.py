@@ -266,7 +266,8 @@ class _Recorder(TorchFunctionMode):
         ids = [id(leaf) for leaf in given]
         if not self._touched:  # made of weights and shapes alone, or handed through: the suffix does the same
             for at, leaf in enumerate(found):
-                self._inside.pop(leaf, None)
+                if isinstance(leaf, Tensor):
+                    self._inside.pop(leaf, None)
                 if name == self._batching and leaf is result[0].tensors:
                     self._add(leaf, frozenset(), ("output", name, number, at), opaque=True)
             self.recording.constant.add((name, number))
