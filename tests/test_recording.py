@@ -178,3 +178,14 @@ def test_a_call_that_returns_a_number_and_weights_is_none_of_a_value(monkeypatch
     parts = cf.split(model, vectors(), "head")
     assert parts.boundary.bytes_per_sample == 24
     assert torch.equal(parts.suffix(parts.prefix(vectors())), model(vectors()))
+
+
+@pytest.mark.parametrize("executor", [FxExecutor(), ReplayExecutor()], ids=lambda executor: executor.name)
+def test_a_split_keeps_no_activations(monkeypatch, executor):
+    monkeypatch.setattr(splitting, "_EXECUTORS", (executor,))
+    model = nn.Sequential(nn.Linear(6, 37), nn.Tanh(), nn.Linear(37, 5)).eval()
+    parts = cf.split(model, vectors(), "2")
+    gc.collect()
+    held = [t for t in gc.get_objects() if type(t) is Tensor and t.shape[1:] == (37,) and not t.shape[0] > 4]
+    assert parts.boundary.tensors[0].shape == (37,)
+    assert not held
