@@ -116,8 +116,9 @@ class _Holding:
 
     def __init__(self, container: Any) -> None:
         self._now = container
-        # plain ones: a module has ten ordered dicts of hooks, nearly all of them empty
-        self._before = (dict if isinstance(container, dict) else list)(container)
+        # plain ones: a module has ten ordered dicts of hooks, nearly all of them empty, which are slow to copy
+        kind = dict if isinstance(container, dict) else list
+        self._before = kind(container) if container else kind()
 
     def changed(self) -> bool:
         return not _same_items(self._now, self._before)
@@ -168,6 +169,8 @@ def _contents(value: Any, seen: set[int], depth: int = 3) -> Iterator[_Content]:
     seen.add(id(value))
     if not isinstance(value, tuple):
         yield _Holding(value)
+    if not value:
+        return
     for item in list(value.values() if isinstance(value, dict) else value):
         if type(item) not in _CONSTANTS:
             yield from _contents(item, seen, depth - 1)
@@ -177,6 +180,8 @@ def _same_items(now: Any, before: Any) -> bool:
     """Whether a container holds the very same objects: comparing tensors by value would be no answer."""
     if len(now) != len(before):
         return False
+    if not before:
+        return True
     if isinstance(before, dict):
         return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
     if isinstance(now, set):

@@ -99,7 +99,8 @@ def _flatten(value: Any, found: list[Any], above: list[Any]) -> Structure:
         found.append(value)
         return _LEAF
     kind = type(value)
-    children, spec = pytree.tree_flatten(value, is_leaf=lambda inner: inner is not value)
+    itself = id(value)  # pytree keeps its is_leaf in a cycle, in which value would outlive everything else
+    children, spec = pytree.tree_flatten(value, is_leaf=lambda inner: id(inner) != itself)
     if not (len(children) == 1 and children[0] is value):
         inner = [_flatten(child, found, [*above, value]) for child in children]
         return Structure(str(spec), inner, lambda made: pytree.tree_unflatten(made, spec))

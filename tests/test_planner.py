@@ -2,6 +2,7 @@
 
 import copy
 
+import networkx as nx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,20 @@ def test_frozen_parameters_behind_trainable_ones_are_reported():
     parts = cf.split(model, vectors())
     assert parts.frozen_after == ("third.weight", "third.bias")
     assert "2 frozen parameters lie after trainable ones: 'third.weight'" in repr(parts)
+
+
+def test_a_cut_is_sought_among_what_is_needed_behind_it_alone(monkeypatch):
+    """Or the cost of listing blocks would grow with the square of a model's depth."""
+    sizes = []
+
+    def seen(graph, *ends):
+        sizes.append(graph.number_of_nodes())
+        return nx.algorithms.flow.minimum_cut(graph, *ends)
+
+    monkeypatch.setattr(nx, "minimum_cut", seen)
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(20)]).eval()
+    assert [block.bytes_per_sample for block in cf.blocks(model, vectors())] == [24] * 20
+    assert max(sizes) == min(sizes)
 
 
 def test_bytes_of_the_blocks_are_those_of_the_splits():

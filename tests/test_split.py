@@ -703,6 +703,19 @@ def corrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+class Chaotic(nn.Module):
+    """The last bit of its inputs decides what it gives, and a batch moves the last bit, as blocked sums do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        return self.head(torch.sin(1e9 * (y + 1e-7 * y.mean(dim=0))))
+
+
 class TestVerification:
     """A cut that is wrong in any one way is refused, and the message says in which."""
 
@@ -774,6 +787,10 @@ class TestVerification:
         cf.split(model, images(), "conv2")
         assert len(images()) == 4
         assert sum(seen) <= 36, seen
+
+    def test_a_row_that_follows_rounding_is_told_from_one_that_follows_other_samples(self):
+        with pytest.raises(BatchDependentError, match="before 'head' follows rounding, which differs between batches"):
+            cf.split(Chaotic(), vectors(), "head")
 
     @pytest.mark.parametrize(("change", "named"), [(draws, "torch"), (numpy_draws, "numpy")])
     def test_a_prefix_that_draws_random_numbers(self, corrupted, change, named):

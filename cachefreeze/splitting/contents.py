@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, MutableMapping
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 # What makes tensors whose size follows from what is in another, and what reads a size.
 _SIZED = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
@@ -15,30 +18,27 @@ _SHAPE_ONLY = frozenset({
 
 
 class Contents:
-    """Follows from operation to operation what the contents of tensors come from.
-
-    Tensors are known by their ids, so whoever follows a forward has to hold them.
-    """
+    """Follows from operation to operation what the contents of tensors come from; holds none of them."""
 
     def __init__(self) -> None:
-        self._pure: set[int] = set()  # what comes from ids and masks alone
-        self._masks: set[int] = set()  # what comes from masks (zeros and ones) alone
-        self._sized: set[int] = set()  # what has a size that follows from what is in it
+        self._pure = _Tensors()  # what comes from ids and masks alone
+        self._masks = _Tensors()  # what comes from masks (zeros and ones) alone
+        self._sized = _Tensors()  # what has a size that follows from what is in it
 
     def take_input(self, leaf: Tensor) -> None:
         """Know an input of the model: integers are ids, or a mask where all are zero or one."""
         if not leaf.is_floating_point() and not leaf.is_complex():
-            self._pure.add(id(leaf))
+            self._pure.add([leaf])
             if bool(((leaf == 0) | (leaf == 1)).all()):
-                self._masks.add(id(leaf))
+                self._masks.add([leaf])
 
     def is_pure(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from ids and masks alone."""
-        return id(tensor) in self._pure
+        return tensor in self._pure
 
     def has_sized(self, tensors: list[Tensor]) -> bool:
         """Whether the size of one of some tensors follows from values of the batch."""
-        return any(id(leaf) in self._sized for leaf in tensors)
+        return any(leaf in self._sized for leaf in tensors)
 
     def follow_sizes(self, name: str, given: list[Tensor], depend: list[Tensor], made: list[Tensor]) -> None:
         """Know tensors whose size follows from values of the batch; what masks alone decide is checked by its rows.
@@ -52,17 +52,30 @@ class Contents:
         deciding = given[:1] if name in _SIZED else []
         if name == "__getitem__":
             deciding = [leaf for leaf in given[1:] if leaf.dtype == torch.bool]
-        of_values = {id(leaf) for leaf in depend} - self._masks
+        of_values = {id(leaf) for leaf in depend if leaf not in self._masks}
         if any(id(leaf) in of_values for leaf in deciding) or self.has_sized(given):
-            self._sized |= {id(leaf) for leaf in made}
+            self._sized.add(made)
 
     def follow(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
         """Know what an operation made or wrote; whether it saw masks alone."""
         pure, masks = (
-            bool(depend) and (name in _SHAPE_ONLY or all(id(leaf) in known for leaf in depend))
+            bool(depend) and (name in _SHAPE_ONLY or all(leaf in known for leaf in depend))
             for known in (self._pure, self._masks)
         )
         if not any(isinstance(leaf, nn.Parameter) for leaf in given):
-            self._pure |= {id(leaf) for leaf in results if pure}
-            self._masks |= {id(leaf) for leaf in results if masks}
+            self._pure.add(results if pure else [])
+            self._masks.add(results if masks else [])
         return masks
+
+
+class _Tensors:
+    """A set of tensors by identity, for as long as they live."""
+
+    def __init__(self) -> None:
+        self._held: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        self._held.update((tensor, True) for tensor in tensors)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor in self._held

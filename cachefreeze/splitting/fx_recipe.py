@@ -50,6 +50,8 @@ class Recipe:
                 self.tensors += found
         if not self.tensors:
             raise SplitError("no tensor crosses the boundary, so there is nothing to cache")
+        # the recipe lives as long as its suffix: that there is a tensor is all that it needs to know by now
+        self.values = pytree.tree_map_only(Tensor, lambda tensor: tensor.new_empty(0), self.values)
 
     def suffix(self, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
         """Make the suffix from one trace of the model, in whatever modes its modules are in."""

@@ -5,8 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Region:
+    """Where a tensor's memory is, known until it is freed: then its address comes back with another tensor.
+
+    Attributes:
+        address: Where it begins.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.address = storage.data_ptr()
+        self._storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        # what torch has not allocated (an array of numpy) may outlive this storage and come back in another one
+        self._held = None if storage.resizable() else storage
+
+    @property
+    def lives(self) -> bool:
+        """Whether the memory is still that of the tensor, or of others that share it."""
+        return not self._storage.expired()  # type: ignore[no-untyped-call]
 
 
 class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -14,19 +35,18 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._holds: dict[int, frozenset[int]] = {}
-        self._kept: list[Any] = []
+        self._holds: dict[int, tuple[Region, frozenset[int]]] = {}
 
     def of(self, tensor: Tensor) -> frozenset[int]:
         """Numbers of the values that went into a tensor's memory."""
-        return self._holds.get(address_of(tensor), frozenset())
+        found = self._holds.get(address_of(tensor))
+        return found[1] if found is not None and found[0].lives else frozenset()
 
     def note(self, tensor: Tensor, numbers: frozenset[int]) -> None:
         """From now on a tensor's memory holds these values."""
-        address = address_of(tensor)
-        if address:
-            self._holds[address] = numbers
-            self._kept.append(tensor.untyped_storage())  # or the address would come back
+        region = region_of(tensor)
+        if region is not None:
+            self._holds[region.address] = region, numbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -38,6 +58,11 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in made if not func._schema.is_mutable else (*made, *given[:1]):
                 self.note(leaf, self.of(leaf) | numbers)
         return result
+
+
+def region_of(tensor: Tensor) -> Region | None:
+    """The memory of a tensor; None where it has none of its own."""
+    return Region(tensor) if address_of(tensor) else None
 
 
 def address_of(tensor: Tensor) -> int:

@@ -188,10 +188,9 @@ def compare(two: Recording, three: Recording, what: str) -> None:
         )
     for a, b in zip(two.values[: two.count_before()], three.values, strict=False):
         moving = [d for d, (x, y) in enumerate(zip(a.shape, b.shape, strict=False)) if x != y]
-        if len(moving) == 1 and a.tensor is not None:
-            a.spec = BoundaryTensor.at(a.tensor, moving[0], a.shape[moving[0]], b.shape[moving[0]])
-    for value in (*two.values, *three.values):
-        value.tensor = None
+        if len(moving) == 1 and a.strides is not None:
+            like = torch.empty_strided(a.shape, a.strides, dtype=a.dtype, device="meta")
+            a.spec = BoundaryTensor.at(like, moving[0], a.shape[moving[0]], b.shape[moving[0]])
     for key, call in two.closed.items():
         other = three.closed[key]
         if call.structure != other.structure or any(
@@ -216,31 +215,39 @@ def minimum_cut(
         have to be kept and cannot.
     """
     values = recording.values
-    start = recording.boundaries[block]
-    before = [number for number, value in enumerate(values) if value.made < start]
     graph = nx.DiGraph()
     graph.add_nodes_from(["made", "used"])
-    for number in before:
-        value = values[number]
-        foreign = value.place is not None and value.place[0] == "argument" and value.place[1] != block
-        can = value.place is not None and fits_a_row(value.spec) and not value.random and not foreign
-        bytes_kept = 0 if value.place in free else _spec(value).bytes_per_sample if can else 0
-        graph.add_edge((number, "in"), (number, "out"), **({"capacity": bytes_kept} if can else {}))
+    opaque: list[int] = []
+    todo = list(recording.needed(block))
+    outs = {number: _out(values[number], number, block) for number in todo}
+    graph.add_edges_from((out, "used") for out in outs.values())
+    while todo:  # what nothing behind the boundary needs is in no cut
+        number = todo.pop()
+        value, out = values[number], outs[number]
+        if out != (number, "in"):
+            graph.add_edge((number, "in"), out, capacity=0 if value.place in free else _spec(value).bytes_per_sample)
         for source in value.inputs:
-            graph.add_edge((source, "out"), (number, "in"))
+            if source not in outs:
+                outs[source] = _out(values[source], source, block)
+                todo.append(source)
+            graph.add_edge(outs[source], (number, "in"))
         if value.opaque:
             graph.add_edge("made", (number, "in"))
-    for number in recording.needed(block):
-        graph.add_edge((number, "out"), "used")
+            opaque.append(number)
     try:
         # networkx gives the side of "used" as what still reaches it, so of equal cuts this is the deepest
         _, (_, near) = nx.minimum_cut(graph, "made", "used")
     except nx.NetworkXUnbounded:
-        reaching = nx.ancestors(graph, "used")
-        sources = (n for n in before if values[n].opaque)
-        return set(), set(), next(n for n in sources if not fits_a_row(values[n].spec) and (n, "out") in reaching)
-    kept = {n for n in before if (n, "out") in near and (n, "in") not in near}
-    return kept, {n for n in before if (n, "in") in near}, None
+        return set(), set(), min(number for number in opaque if not fits_a_row(values[number].spec))
+    kept = {number for number, out in outs.items() if out in near and (number, "in") not in near}
+    return kept, {number for number in outs if (number, "in") in near}, None
+
+
+def _out(value: Value, number: int, block: str) -> tuple[int, str]:
+    """The node behind a value, which is one with the value's own where it cannot be kept at a boundary."""
+    foreign = value.place is not None and value.place[0] == "argument" and value.place[1] != block
+    can = value.place is not None and fits_a_row(value.spec) and not value.random and not foreign
+    return number, "out" if can else "in"
 
 
 def _kept(
@@ -309,7 +316,6 @@ def _take_specs(recording: Recording, specified: Recording) -> None:
     """Give the values of another mode the specs of the same places."""
     specs = {value.place: value.spec for value in specified.values if value.place is not None and not value.random}
     for value in recording.values:
-        value.tensor = None
         value.spec = specs.get(value.place) if value.place is not None else None
 
 

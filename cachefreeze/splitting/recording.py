@@ -1,13 +1,14 @@
 """One forward, recorded: which values it makes, from which others, and where each could be kept and put back.
 
-A forward is followed by tensor identity and version. A *closed* call is opaque: its modules are frozen, what it
-returns can be kept, and it need not run again. Everything else is *glue*, which the suffix runs again. A frozen call
-whose inputs are random (a functional dropout in a half-frozen parent) is glue as well: no row could stand for it.
+A forward is followed by tensor identity and version; no tensor is held, so it takes the memory that it takes alone. A
+*closed* call is opaque: its modules are frozen, what it returns can be kept, and it need not run again. Everything else
+is *glue*, which the suffix runs again. A frozen call whose inputs are random (a functional dropout in a half-frozen
+parent) is glue as well: no row could stand for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.contents import SIZES, Contents
-from cachefreeze.splitting.memory import Memory, address_of
+from cachefreeze.splitting.memory import Memory
 from cachefreeze.splitting.replica import replicate
-from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
+from cachefreeze.splitting.tensors import Known, Tensors
+from cachefreeze.splitting.values import ClosedCall, Place, Recording
 from cachefreeze.tracing import METADATA, Call, Example, Usage
 
 # What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
@@ -137,16 +140,14 @@ class _Recorder(TorchFunctionMode):
         self._numbers: dict[str, int] = {}
         self._last_start = -1
         self._now = 0
-        self._of: dict[int, tuple[int, Tensor]] = {}  # id -> value number; the tensor is held, or its id would return
-        self._inside: dict[int, str] = {}  # id -> closed module in which it was made
+        self._tensors = Tensors(self.recording.values, self.memory)
+        self._inside: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # closed module in which it was made
         self._contents = Contents()
         self._start = RandomState.capture()
-        self._drawn: dict[int, Callable[[], Any]] = {}  # id -> how to draw it again
-        self._arguments: set[int] = set()  # numbers of the values that enter a boundary
+        self._drawn: MutableMapping[Tensor, Callable[[], Any]] = WeakIdKeyDictionary()  # how to draw it again
         self._closed: str | None = None
         self._touched = False
         self._stack: list[tuple[str, RandomState]] = []
-        self._kept: list[Any] = []
 
     @property
     def _ended(self) -> bool:
@@ -158,7 +159,7 @@ class _Recorder(TorchFunctionMode):
 
     def take_inputs(self, example: Example) -> None:
         for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
-            if isinstance(leaf, Tensor) and id(leaf) not in self._of:
+            if isinstance(leaf, Tensor) and leaf not in self._tensors:
                 self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
                 self._contents.take_input(leaf)
 
@@ -242,19 +243,20 @@ class _Recorder(TorchFunctionMode):
         """From here on everything is suffix; the boundary's arguments are values of their own."""
         if self._checking:
             self._refuse_unseen_draws(self._stack)
-        outside: dict[int, tuple[int, Tensor]] = {}
+        outside: dict[int, tuple[Known, int, int]] = {}
         with torch._C.DisableTorchFunction():
             for at, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
-                if isinstance(leaf, Tensor) and id(leaf) not in outside and self._number(leaf) is not None:
-                    outside[id(leaf)] = self._of[id(leaf)]
-                    source = self._of[id(leaf)][0]
-                    self._arguments.add(self._add(leaf, frozenset({source}), ("argument", block, 0, at)))
-        entered = {key: self._of[key][0] for key in outside}
+                if isinstance(leaf, Tensor) and id(leaf) not in outside and (source := self._number(leaf)) is not None:
+                    entered = self._add(leaf, frozenset({source}), ("argument", block, 0, at))
+                    self._tensors.arguments.add(entered)
+                    known = self._tensors.known(leaf)
+                    assert known is not None
+                    outside[id(leaf)] = known, source, entered
         self.recording.boundaries[block] = self._tick()
         result = self._run(call, own, args, kwargs)
-        for key, known in outside.items():
-            if self._of[key][0] == entered[key]:
-                self._of[key] = known
+        for known, source, entered in outside.values():
+            if known.number == entered:
+                known.number = source
         return result
 
     def _close(
@@ -264,7 +266,8 @@ class _Recorder(TorchFunctionMode):
         ids = [id(leaf) for leaf in given]
         if not self._touched:  # made of weights and shapes alone, or handed through: the suffix does the same
             for at, leaf in enumerate(found):
-                self._inside.pop(id(leaf), None)
+                if isinstance(leaf, Tensor):
+                    self._inside.pop(leaf, None)
                 if name == self._batching and leaf is result[0].tensors:
                     self._add(leaf, frozenset(), ("output", name, number, at), opaque=True)
             self.recording.constant.add((name, number))
@@ -276,7 +279,7 @@ class _Recorder(TorchFunctionMode):
         written = []
         for at, leaf in enumerate(given):
             if isinstance(leaf, Tensor) and before[id(leaf)] != _version(leaf) and ids.index(id(leaf)) == at:
-                self._write([leaf], numbers)
+                self._tensors.write([leaf], numbers, self._tick)
                 changed = self._add(leaf, inputs, ("written", name, number, at), opaque=not again)
                 written.append((at, changed))
         described: list[tuple[Any, Any]] = []
@@ -290,7 +293,7 @@ class _Recorder(TorchFunctionMode):
             elif id(leaf) in ids:
                 described.append(("argument", ids.index(id(leaf))))
             else:
-                self._inside.pop(id(leaf), None)
+                self._inside.pop(leaf, None)
                 made = self._add(leaf, inputs, ("output", name, number, at), opaque=not again)
                 described.append(("value", made))
         self.recording.closed[name, number] = ClosedCall(name, number, structure, described, written)
@@ -310,44 +313,21 @@ class _Recorder(TorchFunctionMode):
         opaque: bool = False,
         random: bool = False,
     ) -> int:
-        values = self.recording.values
-        number = len(values)
-        random = random or any(values[n].random for n in inputs)
         if place is not None and place[0] != "input" and self._contents.is_pure(tensor):
             place, opaque = None, False  # a mask may be left out where it masks nothing: what it is made of is kept
-        shape = tuple(tensor.shape)
-        values.append(Value(shape, tensor.dtype, inputs, self._tick(), place, opaque, random, tensor=tensor.detach()))
-        self._of[id(tensor)] = (number, tensor)
-        self.memory.note(tensor, frozenset({number}))
-        return number
+        return self._tensors.add(tensor, inputs, self._tick(), place, opaque=opaque, random=random)
 
     def _number(self, leaf: Tensor) -> int | None:
-        if id(leaf) in self._inside:
-            raise OpenInstead(self._inside[id(leaf)], "makes a tensor that is used outside it")
-        if id(leaf) in self._of:
-            return self._of[id(leaf)][0]
+        if leaf in self._inside:
+            raise OpenInstead(self._inside[leaf], "makes a tensor that is used outside it")
+        if (known := self._tensors.known(leaf)) is not None:
+            return known.number
         held = frozenset[int]() if isinstance(leaf, nn.Parameter) else self.memory.of(leaf)
         return self._add(leaf, held) if held else None
 
     def _value_numbers(self, leaves: list[Any]) -> frozenset[int]:
         found = (self._number(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         return frozenset(number for number in found if number is not None)
-
-    def _write(self, written: list[Tensor], inputs: frozenset[int], *, random: bool = False) -> None:
-        """A write reaches every tensor in the same memory."""
-        if not inputs and not random:
-            return
-        addresses = {address_of(leaf) for leaf in written} - {0}
-        values = self.recording.values
-        for number, tensor in list(self._of.values()):
-            if address_of(tensor) in addresses:
-                values[number].written = True
-                if number in self._arguments:
-                    values[number].place = None  # what the boundary writes into is seen outside it too
-                self._add(tensor, inputs | {number}, random=random)
-        for leaf in written:
-            if id(leaf) not in self._of:
-                self._add(leaf, inputs, random=random)
 
     # --- operations ---
 
@@ -366,17 +346,16 @@ class _Recorder(TorchFunctionMode):
             if self._checking and name in SIZES and self._contents.has_sized(given):
                 self._refuse_read(name)
             return result
-        depend = [leaf for leaf in given if id(leaf) in self._of or self.memory.of(leaf)]
+        depend = [leaf for leaf in given if leaf in self._tensors or self.memory.of(leaf)]
         self._contents.follow_sizes(name, given, depend, made)
-        self._kept += made
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
         of_masks = self._contents.follow(name, given, depend, [*made, *written])
         asks_truth = self._follow_read(name, depend, of_masks=of_masks)
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
-                if id(leaf) not in self._of:
-                    self._inside[id(leaf)] = self._closed
+                if leaf not in self._tensors:
+                    self._inside[leaf] = self._closed
             return result
         drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
         if drew:
@@ -387,7 +366,7 @@ class _Recorder(TorchFunctionMode):
                 return not result
         else:
             self._glue(name, given, made, written, drew=drew)
-        if drew or any(id(leaf) in self._drawn for leaf in given):
+        if drew or any(leaf in self._drawn for leaf in given):
             self._follow_draw(name, func, args, kwargs, made, depend)
         return result
 
@@ -399,10 +378,10 @@ class _Recorder(TorchFunctionMode):
             self.recording.uses.append((self._tick(), inputs))
             if not made and not written:  # read into Python: the suffix reads it too
                 self.recording.reads.append((self._now, inputs))
-        self._write(written, inputs, random=drew)
+        self._tensors.write(written, inputs, self._tick, random=drew)
         if inputs:
             for leaf in made:
-                if id(leaf) not in self._of:
+                if leaf not in self._tensors:
                     self._add(leaf, inputs, random=drew)
 
     def _reach_by_use(self) -> None:
@@ -425,9 +404,10 @@ class _Recorder(TorchFunctionMode):
         """Random numbers that no input went into decide which layers run, where they are read into Python."""
         if depend or not self._checking:
             return
+        sources = [self._drawn.get(leaf) if isinstance(leaf, Tensor) else None for leaf in args]
 
         def again() -> Any:
-            fresh = [self._drawn[id(leaf)]() if id(leaf) in self._drawn else leaf for leaf in args]
+            fresh = [leaf if source is None else source() for leaf, source in zip(args, sources, strict=True)]
             return func(*fresh, **kwargs)
 
         if name in _READS:
@@ -436,7 +416,7 @@ class _Recorder(TorchFunctionMode):
             if len(outcomes) > 1:
                 self._refuse_random_control_flow()
         for leaf in made:
-            self._drawn[id(leaf)] = again
+            self._drawn[leaf] = again
 
     # --- refusals ---
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from cachefreeze import trees
 from cachefreeze.splitting.boundary import BoundaryTensor
@@ -23,25 +22,25 @@ class Value:
     Attributes:
         shape: As recorded.
         dtype: As recorded.
+        strides: As recorded; None where its memory has none.
         inputs: Numbers of the values that it is computed from.
         made: When, on the recording's clock.
         place: Where it can be kept, or None.
         opaque: Whether it comes out of a closed call that the suffix cannot run again.
         random: Whether a random draw went into it.
         written: Whether glue writes into it later.
-        tensor: The tensor itself, until the recordings are compared.
-        spec: Its batch dimension and bytes, once they are; None when no row can hold it.
+        spec: Its batch dimension and bytes, once the recordings are compared; None when no row can hold it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    strides: tuple[int, ...] | None
     inputs: frozenset[int]
     made: int
     place: Place | None = None
     opaque: bool = False
     random: bool = False
     written: bool = False
-    tensor: Tensor | None = None
     spec: BoundaryTensor | None = None
 
 

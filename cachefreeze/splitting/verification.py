@@ -52,13 +52,15 @@ def verify(cut: Cut, site: Site, example: Example) -> list[Tensor]:
     # a few samples make the second batch; of many only the rows are made for all
     few = 2 < pool.batch <= _SAMPLES
     batches = [two, list(range(pool.batch)) if few else [*two, two[0]]]
+    written: str | None = None
     with preserved_random_state() as random_state, preserved_state(site.model):
         made = _make_rows(cut, site, pool, batches, random_state)
         with site.mode(train=False), torch.no_grad():
             for samples, rows in zip(batches, made.together, strict=False):
                 some = pool.take(samples)
                 random_state.restore()  # a suffix may be random even in eval mode
-                expected, written = _call_model(site, some)
+                expected, found = _call_model(site, some)
+                written = written or found
                 random_state.restore()
                 with preserved_state(site.model):
                     got = trees.without_generation_caches(suffix_of(cut, _copies(rows), site, some.fresh()))
@@ -162,10 +164,28 @@ def _check_separable(cut: Cut, site: Site, pool: Example, made: _Made) -> None:
                 if not close(wanted, got, _ACROSS_BATCHES) and not _rounds_as_much(
                     cut, pool, sample, number, got, wanted
                 ):
+                    if _amplifies_rounding(cut, pool, sample, number, wanted, got):
+                        raise BatchDependentError(
+                            f"a row before {site.name!r} follows rounding, which differs between batches (sample "
+                            f"{sample}: {difference(wanted, got)}): inputs that differ in their last bit move it as "
+                            "far, so it cannot be cached; are these real inputs, and weights and batch statistics that "
+                            "fit them? If so, train from an earlier block"
+                        )
                     raise BatchDependentError(
                         f"a row before {site.name!r} depends on the other samples of its batch (sample {sample}: "
                         f"{difference(wanted, got)}), so it cannot be cached; train from an earlier block"
                     )
+
+
+def _amplifies_rounding(cut: Cut, example: Example, sample: int, number: int, row: Tensor, other: Tensor) -> bool:
+    """Whether a row moves about as far where the last bit of its inputs does: then no other sample is to blame."""
+    if not row.is_floating_point() or row.shape != other.shape:
+        return False
+    copies = example.take([sample] * 3)
+    moved = copies.map(lambda t: t * (1 + torch.finfo(t.dtype).eps) if t.is_floating_point() else t)
+    spec = cut.tensors[number]
+    exact, nudged = (_sample(rows_of(cut.prefix, some)[number], spec, 0).double() for some in (copies, moved))
+    return float((row.double() - other.double()).abs().max()) <= _AMPLIFIED * float((exact - nudged).abs().max())
 
 
 def _rounds_as_much(cut: Cut, example: Example, sample: int, number: int, row: Tensor, other: Tensor) -> bool:
