@@ -21,6 +21,10 @@ from cachefreeze.tracing import Example, Usage
 
 _LOG = logging.getLogger("cachefreeze")
 
+# Over what is predicted of three samples. A run that saves less than this has little to gain, and measuring takes as
+# long as a part of it.
+_SETUP_AT_MOST = 1.8
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -102,8 +106,8 @@ def is_short(
 
 
 def is_evident(look: FirstLook, samples: int, epochs: int) -> bool:
-    """Whether splitting takes longer than all that rows could save in some epochs."""
-    return look.most(samples * (epochs - 1)) < look.setup
+    """Whether splitting may take longer than all that rows could save in some epochs: to measure more would not pay."""
+    return look.most(samples * (epochs - 1)) < _SETUP_AT_MOST * look.setup
 
 
 def judge(costs: Costs | None, boundary: str, epoch: int, left: int | None) -> Judgement:

@@ -40,11 +40,11 @@ __all__ = [
 _BATCH_SECONDS = 0.25
 # Of the samples that a run computes, those that may be spent on measuring it, so that measuring is never what is slow.
 _SHARE = 0.01
-# A split records, cuts and verifies with forwards and backwards of a few samples: at most about this many of their
-# forwards, and, for following every call and for fingerprints, so many times what it takes to put the model's state
-# back (a half to all of it in fact, with eleven cuts of seven models). Only for the first decision; after a move its
-# own time is known.
-_SPLIT_FORWARDS, _SPLIT_WALKS = 38, 100
+# A split records, cuts and verifies with forwards and backwards of a few samples: about this many of their forwards,
+# and, for following every call and for fingerprints, so many times what it takes to put the model's state back (21 cuts
+# of seven models: benchmarks/results/plan_accuracy.json). Only for the first decision; after a move its own time is
+# known.
+_SPLIT_FORWARDS, _SPLIT_WALKS = 21, 55
 _FEW = 3
 _DIGESTED_BYTES = 1 << 22
 
