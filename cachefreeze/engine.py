@@ -123,7 +123,6 @@ class Engine:
         self.decisions: list[Move] = [] if self._following is None else self._following.decisions
         self._planned = epochs
         self._judged: Judgement | None = None
-        self._look: FirstLook | None = None
         self._cached: list[CachedLoader] = []
 
     def loader(
@@ -173,9 +172,10 @@ class Engine:
         judging = self._is_auto and self._staging is None and view is None and variants is None
         if judging and self._judged is not None and not self._judged.pays:
             return self._passing(dataloader)
+        look: FirstLook | None = None
         if judging and self.cache is None and self._planned is not None:
             left = self._planned - self.epoch
-            short, self._look = is_short(self.model, dataloader, inputs, self._autocast, left)
+            short, look = is_short(self.model, dataloader, inputs, self._autocast, left)
             if short:
                 return self._declined(dataloader, inputs, left)
         known = self._following or self.parts
@@ -198,7 +198,7 @@ class Engine:
                 return self._passing(dataloader)
             # with samples of different lengths no batch stands for all
             if judging and seen.ragged is None and seen.listed is None:
-                self._judged = self._judge(usage, self.boundary, dataloader, seen)
+                self._judged = self._judge(usage, self.boundary, dataloader, seen, look)
                 if not self._judged.pays:
                     return self._passing(dataloader)
             self.parts = split_at(self.model, seen, example, usage, self._autocast)
@@ -407,13 +407,15 @@ class Engine:
             self._note(self._judged)
         return made
 
-    def _judge(self, usage: Usage, boundary: str, dataloader: DataLoader[Any], view: View) -> Judgement:
+    def _judge(
+        self, usage: Usage, boundary: str, dataloader: DataLoader[Any], view: View, look: FirstLook | None
+    ) -> Judgement:
         """Whether to cache, before the model is split for it."""
         left = None if self._planned is None else self._planned - self.epoch
         costs = None
         if left is None or left > 1:
             costs = measure_boundary(
-                self.model, usage, boundary, [(dataloader, view)], str(self._store), self._autocast, left, self._look
+                self.model, usage, boundary, [(dataloader, view)], str(self._store), self._autocast, left, look
             )
         judgement = judge(costs, boundary, self.epoch, left)
         self._note(judgement)

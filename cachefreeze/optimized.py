@@ -105,6 +105,8 @@ class OptimizedPrefix(FrozenPrefix):
         """Activations within the tolerance of the exact ones."""
         example = example.to(self.device)
         choice = self.choose(example, count)
+        if choice.form is None and choice.size is None:
+            return super().run(example, count)
         if choice.form is None:
             return self._run(self.parts.prefix, example, count, self._own_portions)
         if self._copy is None:  # rows are computed again after all were there

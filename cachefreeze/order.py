@@ -77,7 +77,7 @@ class BatchOrder:
             yield rows, queue[0] if following and queue else None
 
 
-def in_sight(pulled: Iterator[Indices], batch_sampler: object, tell: Callable[[Indices], None]) -> Iterator[Indices]:
+def in_sight(pulled: Iterator[Indices], batch_sampler: Any, tell: Callable[[Indices], None]) -> Iterator[Indices]:
     """The same batches; of blocks that are shuffled the samples are told a group of blocks before they come.
 
     Args:
@@ -85,12 +85,12 @@ def in_sight(pulled: Iterator[Indices], batch_sampler: object, tell: Callable[[I
         batch_sampler: Of a :class:`BlockShuffleSampler`, whose batches may be pulled early; of any other nothing is.
         tell: Takes the samples of a block.
     """
-    sampler: Any = batch_sampler.sampler if type(batch_sampler) is BatchSampler else None
+    sampler = batch_sampler.sampler if type(batch_sampler) is BatchSampler else None
     if type(sampler) is not BlockShuffleSampler:
         yield from pulled
         return
     block, samples = sampler.block, len(sampler)
-    depth = -(-block * sampler.mixed // batch_sampler.batch_size)  # type: ignore[attr-defined]
+    depth = -(-block * sampler.mixed // batch_sampler.batch_size)
     told: set[int] = set()
     queue: deque[Indices] = deque()
     for batch in pulled:

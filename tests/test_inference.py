@@ -336,6 +336,20 @@ def test_a_short_fill_is_exact(monkeypatch):
     assert manager.made_by["declined"][0].startswith("the exact fill is predicted to take ")
 
 
+def test_where_the_choice_is_exact_rows_are_made_as_without_a_choice(monkeypatch):
+    """A few at a time, where that gives the same bits: who asked for the fastest prefix must not get the slower one."""
+    monkeypatch.setattr(optimized, "_FEWEST_ROWS", COUNT + 1)
+    asked, run = [], EqualPortions.run
+    monkeypatch.setattr(EqualPortions, "run", lambda own, *given: asked.append(given[2]) or run(own, *given))
+    counts = {}
+    for prefix in ("exact", "optimized"):
+        asked.clear()
+        list(cf.CacheManager(parts_of(made()), "host", prefix=prefix).loader(DataLoader(dataset(), BATCH)))
+        counts[prefix] = list(asked)
+    assert counts["optimized"] == counts["exact"]
+    assert sum(counts["exact"]) == COUNT
+
+
 def test_a_batch_of_one_can_be_the_first(never_exact):
     parts = parts_of(made())
     manager = cf.CacheManager(parts, "host", prefix="optimized")

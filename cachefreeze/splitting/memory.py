@@ -42,11 +42,13 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self._holds.get(address_of(tensor))
         return found[1] if found is not None and found[0].lives else frozenset()
 
-    def note(self, tensor: Tensor, numbers: frozenset[int]) -> None:
-        """From now on a tensor's memory holds these values."""
-        region = region_of(tensor)
-        if region is not None:
-            self._holds[region.address] = region, numbers
+    def note(self, tensor: Tensor, numbers: frozenset[int]) -> Region | None:
+        """From now on a tensor's memory, which is returned, holds these values; None where it has none of its own."""
+        if not address_of(tensor):
+            return None
+        region = Region(tensor)
+        self._holds[region.address] = region, numbers
+        return region
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,11 +60,6 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in made if not func._schema.is_mutable else (*made, *given[:1]):
                 self.note(leaf, self.of(leaf) | numbers)
         return result
-
-
-def region_of(tensor: Tensor) -> Region | None:
-    """The memory of a tensor; None where it has none of its own."""
-    return Region(tensor) if address_of(tensor) else None
 
 
 def address_of(tensor: Tensor) -> int:

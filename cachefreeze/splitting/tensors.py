@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from cachefreeze.splitting.memory import Memory, Region, address_of, region_of
+from cachefreeze.splitting.memory import Memory, Region, address_of
 from cachefreeze.splitting.values import Place, Value
 
 
@@ -71,8 +71,7 @@ class Tensors:
         if known is None:
             known = self._of[tensor] = Known(TensorWeakRef(tensor))
             self._all.append(known)
-        known.number, known.region = number, region_of(tensor)
-        self._memory.note(tensor, frozenset({number}))
+        known.number, known.region = number, self._memory.note(tensor, frozenset({number}))
         return number
 
     def write(
