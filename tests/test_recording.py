@@ -1,6 +1,7 @@
 """A recording of a forward: it holds no tensor, and knows all the same which one is which."""
 
 import gc
+import random
 import weakref
 
 import numpy as np
@@ -95,15 +96,18 @@ def test_freed_memory_is_forgotten_and_shared_memory_is_not():
     view = tensor.detach()[3:]
     del tensor
     assert memory.of(view) == numbers
-    again = 0
+    again, noted, draws = 0, set(), random.Random(0)
     for _ in range(200):
-        tensor = torch.zeros(1000)
-        address = tensor.data_ptr()
-        memory.note(tensor, numbers)
-        del tensor
-        others = [torch.zeros(1000) for _ in range(3)]
-        again += any(other.data_ptr() == address for other in others)
+        # how many are alive differs: an allocator that hands out its free chunks in turn would else never meet itself
+        tensors = [torch.zeros(1000) for _ in range(draws.randrange(1, 8))]
+        for tensor in tensors:
+            memory.note(tensor, numbers)
+            noted.add(tensor.data_ptr())
+        del tensor, tensors
+        others = [torch.zeros(1000) for _ in range(draws.randrange(1, 8))]
+        again += any(other.data_ptr() in noted for other in others)
         assert not any(memory.of(other) for other in others)
+        del others
     assert again
     array = np.zeros(1000, np.float32)
     memory.note(torch.from_numpy(array), numbers)
