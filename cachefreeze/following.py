@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import LoaderError, SplitError, UsageError
+from cachefreeze.judging import is_evident
 from cachefreeze.loader import PassingLoader, StagedLoader
 from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import listed_blocks, measure, measured_tier
+from cachefreeze.measuring import FirstLook, listed_blocks, look_at, measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.running import model_device
@@ -92,6 +93,7 @@ class Following:
         self._autocast = autocast
         self._now = now
         self._followed: list[_Followed] = []
+        self._look: FirstLook | None = None
         self._costs: Costs | None = None
         self._below: CacheManager | None = None
         self._left: int | None = None
@@ -171,8 +173,10 @@ class Following:
         if [frozen for frozen, _ in self._path] != upcoming:
             first = self._costs is None
             if self._costs is None:
-                self._costs = self._measured(len(upcoming))
-            path, seconds, held = worthwhile(upcoming, self._costs, now)
+                self._costs = self._measured(upcoming, now)
+            path, seconds, held = [0] * len(upcoming), 0.0, 0.0
+            if self._costs is not None:
+                path, seconds, held = worthwhile(upcoming, self._costs, now)
             self._path = list(zip(upcoming, path, strict=True))
             if first and isinstance(staging.schedule, Stages):
                 self._warn_of_short_stages(upcoming, path)
@@ -189,23 +193,40 @@ class Following:
                 *(self._staging.ladder.boundary(count), epochs),
             )
 
-    def _measured(self, epochs: int) -> Costs:
-        """What the epochs under the schedule are made of."""
+    def _measured(self, upcoming: list[int], now: int) -> Costs | None:
+        """What the epochs under the schedule are made of; None where they are evidently too few to cache anything.
+
+        A first move takes as long as it is predicted to, or twice as long. Where it would gain nothing then, that is
+        all that is measured: to find the fewest bytes of a row takes as long as a part of a move.
+        """
         loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
         view, device = loaders[0][1], model_device(self._model)
-        sizes = {block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)}
-        largest = max((size for size in sizes.values() if size), default=0) * sum(seen.samples for _, seen in loaders)
-        tier = measured_tier(self._store, largest, device)
-        return measure(
+        samples = sum(each.samples for _, each in loaders)
+        if self._look is None:
+            self._look = look_at(self._model, view, self._autocast)
+        if not now and is_evident(self._look, samples, sum(map(bool, upcoming)), thawed=True):
+            return None
+        seen = measure(
             self._model,
             self._staging.usage,
             self._staging.ladder.names,
             loaders,
-            tiers=[tier],
-            row_bytes=sizes,
+            tiers=(),
             autocast_dtype=self._autocast,
-            epochs=epochs,
-        ).costs(tier)
+            epochs=len(upcoming),
+            look=self._look,
+        )
+
+        def costs() -> Costs:
+            tier = measured_tier(self._store, max(seen.row_bytes) * samples, device)
+            return seen.with_speeds((tier,), device, loaders[0][0].batch_size or 64).costs(tier)
+
+        estimated = costs()
+        longer = replace(estimated, setup=2 * estimated.setup)
+        if set(worthwhile(upcoming, longer, now)[0]) == {now}:
+            return longer
+        seen = seen.with_rows({block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)})
+        return costs()
 
     def _move(self, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""

@@ -23,7 +23,7 @@ _LOG = logging.getLogger("cachefreeze")
 
 # Over what is predicted of three samples. A run that saves less than this has little to gain, and measuring takes as
 # long as a part of it.
-_SETUP_AT_MOST = 1.8
+_SETUP_AT_MOST = 2.5
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,16 @@ def is_short(
     return False, None
 
 
-def is_evident(look: FirstLook, samples: int, epochs: int) -> bool:
-    """Whether splitting may take longer than all that rows could save in some epochs: to measure more would not pay."""
-    return look.most(samples * (epochs - 1)) < _SETUP_AT_MOST * look.setup
+def is_evident(look: FirstLook, samples: int, epochs: int, *, thawed: bool = False) -> bool:
+    """Whether splitting may take longer than all that rows could save in some epochs: to measure more would not pay.
+
+    Args:
+        look: At three samples.
+        samples: Of an epoch.
+        epochs: With something frozen; rows are made in the first one.
+        thawed: Whether what trains now may freeze in one of them.
+    """
+    return look.most(samples * (epochs - 1), thawed=thawed) < _SETUP_AT_MOST * look.setup
 
 
 def judge(costs: Costs | None, boundary: str, epoch: int, left: int | None) -> Judgement:

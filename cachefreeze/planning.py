@@ -260,11 +260,10 @@ def plan(
         [block.name for block in listed],
         [(train_loader, seen)],
         tiers=sorted({tier for tier in tiers.values() if tier is not None}),
-        row_bytes=sizes,
         autocast_dtype=autocast,
         training=Training(loss_fn=loss_fn, optimizer=optimizer),
         epochs=epochs,
-    )
+    ).with_rows(sizes)
     rows = [
         _predicted(at, block, measured, tiers.get(block.name), found[block.name][1])
         for at, block in enumerate(listed)

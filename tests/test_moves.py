@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
+from cachefreeze import following
 from cachefreeze.following import Following
-from cachefreeze.measuring import measure
+from cachefreeze.measuring import listed_blocks, measure
 from cachefreeze.moves import Costs, best_path, staying, too_short
 from cachefreeze.samples import View
 from cachefreeze.schedules import Ladder
@@ -151,6 +152,34 @@ def test_costs_are_those_of_the_blocks_and_measuring_leaves_no_trace():
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(5)))
+
+
+def test_a_run_that_is_evidently_too_short_is_not_measured(monkeypatch):
+    """Three samples show it: blocks are neither listed nor timed, and nothing is cached."""
+    computed = []
+    for name in ("measure", "listed_blocks"):
+        monkeypatch.setattr(following, name, lambda *_, **__: pytest.fail("measured"))
+    engine = cf.Engine(slow_model(), "host", schedule=cf.Stages(EACH_EPOCH))
+    loader = engine.loader(batches())
+    engine.model[1].register_forward_hook(lambda _m, given, _o: computed.append(len(given[0])))
+    for epoch in engine.epochs(4):
+        assert sum(computed) == (3 if epoch else 0), "a look, once something is frozen"
+        list(loader)
+    assert loader.source == "frozen"
+    assert [(move.frozen, move.after) for move in engine.decisions] == [("1", None)]
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_blocks_are_listed_only_where_the_cache_would_move(monkeypatch):
+    listed = []
+    monkeypatch.setattr(following, "listed_blocks", lambda *given: listed.append(1) or listed_blocks(*given))
+    for epochs, expected in ((30, 0), (400, 1)):
+        model = nn.Sequential(Slow(0.004), Slow(0.02), nn.Linear(3, 2))
+        engine = cf.Engine(model, "host", schedule=cf.Stages([{"epochs": 1}, {"train_from": "1"}]))
+        loader = engine.loader(batches())
+        for _ in engine.epochs(epochs):
+            list(loader)
+        assert (len(listed), loader.source) == (expected, "cached" if expected else "frozen")
 
 
 def follow(given, monkeypatch, *, epochs, schedule, store="host"):

@@ -18,13 +18,13 @@ from cachefreeze import optimized
 from cachefreeze.errors import RandomSampleError, UsageError
 from cachefreeze.isolation import RandomState
 from cachefreeze.judging import is_short, judge
-from cachefreeze.measuring import Training, measure, measured_tier
+from cachefreeze.measuring import Training, first_look, measure, measured_tier
 from cachefreeze.measuring.speeds import speed_of
 from cachefreeze.moves import Costs, worthwhile
 from cachefreeze.planning import _break_even
 from cachefreeze.samples import View
 from cachefreeze.stores import opening
-from cachefreeze.tracing import record_usage
+from cachefreeze.tracing import Example, record_usage
 
 
 class Sleeps(torch.autograd.Function):
@@ -394,6 +394,36 @@ def test_a_short_run_is_declined_before_anything_is_probed(epochs, samples):
     assert [(move.frozen, move.after) for move in engine.decisions] == [("2", None)]
     assert not state.moved()
     assert same(traces(model), before)
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_rows_spare_what_runs_before_something_trains():
+    """Where that is not seen, for parameters of a container or a compiled model, it is all of the forward at most."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.scale = slow_model(), nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.blocks(x) * self.scale
+
+    def look(model):
+        return first_look(model, lambda: Example((torch.ones(3, 3),), {}))
+
+    model, scaled = slow_model(), Scaled()
+    cf.freeze(model, "2")
+    scaled.blocks.requires_grad_(False)
+    before = traces(model)
+    found = look(model)
+    assert found.frozen == pytest.approx(sum(FORWARD[:2]), rel=0.01)
+    assert found.forward == pytest.approx(sum(FORWARD), rel=0.01)
+    assert found.most(6) < found.most(6, thawed=True)
+    assert same(traces(model), before)
+    for whole in (scaled, nn.Sequential(model, nn.Identity())):
+        if whole is not scaled:
+            whole[1].compile(backend="eager")
+        assert look(whole).frozen == pytest.approx(look(whole).forward, rel=0.01)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

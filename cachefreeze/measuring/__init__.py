@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from cachefreeze.blocks import Block
 from cachefreeze.fingerprint import state_tensors, tensors_digest
 from cachefreeze.isolation import eval_mode, evaluating, preserved_random_state, preserved_state
-from cachefreeze.measuring.forwards import block_forwards, wait
+from cachefreeze.measuring.forwards import block_forwards, first_call, wait
 from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
 from cachefreeze.measuring.steps import Optimizers, training_steps
 from cachefreeze.moves import Costs
@@ -61,6 +61,7 @@ class Measurement:
         fetch: Seconds a sample for the raw batch: decoding, collating; what workers hide left out.
         collate: Seconds a sample to collate stored items anew, as every pass does with some samples; else 0.
         row_bytes: Of a row at each boundary, with the fields beside it; of the mean length, where that differs.
+        beside: Those of the fields, which are part of it.
         steps: Seconds a batch of one training step from each block on; empty where it was not asked for.
         speeds: Of each tier.
         passing: Seconds at the beginning of every pass over rows at each boundary: weights are digested.
@@ -76,6 +77,7 @@ class Measurement:
     fetch: float
     collate: float
     row_bytes: tuple[int, ...]
+    beside: int
     steps: tuple[float, ...]
     speeds: Mapping[str, Speed]
     passing: tuple[float, ...]
@@ -86,6 +88,13 @@ class Measurement:
     def with_speeds(self, tiers: Sequence[str], device: torch.device, batch: int) -> Measurement:
         """The same figures with the speeds of further tiers, for batches of ``batch`` rows."""
         return replace(self, speeds={**self.speeds, **{tier: speed_of(tier, device, batch) for tier in tiers}})
+
+    def with_rows(self, row_bytes: Mapping[str, int | None]) -> Measurement:
+        """The same figures with the bytes of a row at each block, where they are known."""
+        sizes = [
+            row_bytes.get(name) or size - self.beside for name, size in zip(self.names, self.row_bytes, strict=True)
+        ]
+        return replace(self, row_bytes=tuple(size + self.beside for size in sizes))
 
     def costs(self, tier: str) -> Costs:
         """What a decision needs: seconds for all samples once, with rows in one of the measured tiers."""
@@ -123,11 +132,13 @@ class FirstLook:
 
     Attributes:
         forward: Seconds of their forward; in larger batches a sample takes less.
+        frozen: Seconds of it until something is called that trains: what rows would spare of it, or more.
         walk: Seconds to note the model's state and to put it back.
         fetch: Seconds a sample.
     """
 
     forward: float
+    frozen: float
     walk: float
     fetch: float
 
@@ -136,9 +147,9 @@ class FirstLook:
         """Seconds to split and to verify."""
         return _SPLIT_FORWARDS * self.forward + _SPLIT_WALKS * self.walk
 
-    def most(self, samples: int) -> float:
-        """Seconds that rows of ``samples`` samples can spare at most."""
-        return samples * (self.forward / _FEW + self.fetch)
+    def most(self, samples: int, *, thawed: bool = False) -> float:
+        """Seconds that rows of ``samples`` samples can spare at most, also of what trains now if ``thawed``."""
+        return samples * ((self.forward if thawed else self.frozen) / _FEW + self.fetch)
 
 
 def first_look(model: nn.Module, fetch: Callable[[], Example], autocast_dtype: torch.dtype | None = None) -> FirstLook:
@@ -155,13 +166,28 @@ def first_look(model: nn.Module, fetch: Callable[[], Example], autocast_dtype: t
     fetched = time.perf_counter()
     example = example.to(device).fresh()
     entering = time.perf_counter()
-    with evaluating(model), autocast(device, autocast_dtype):
+    with evaluating(model), autocast(device, autocast_dtype), first_call(_trained_leaves(model), device) as called:
         entered = time.perf_counter()
         example.call(model)
         wait(device)
         computed = time.perf_counter()
     walk = time.perf_counter() - computed + entered - entering
-    return FirstLook(computed - entered, walk, (fetched - began) / _FEW)
+    return FirstLook(computed - entered, next(iter(called), computed) - entered, walk, (fetched - began) / _FEW)
+
+
+def _trained_leaves(model: nn.Module) -> list[nn.Module]:
+    """Modules that are called when a parameter of theirs that trains is used, and not before; none if compiled.
+
+    One with children may run them first, and what is compiled would be compiled once more with hooks.
+    """
+    modules = list(model.modules())
+    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules):
+        return []
+    return [
+        one
+        for one in modules
+        if not one._modules and any(p.requires_grad for p in one._parameters.values() if p is not None)
+    ]
 
 
 def look_at(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None) -> FirstLook:
@@ -185,7 +211,6 @@ def measure(
     loaders: Sequence[tuple[DataLoader[Any], View]],
     *,
     tiers: Sequence[str],
-    row_bytes: Mapping[str, int | None] | None = None,
     autocast_dtype: torch.dtype | None = None,
     training: Training | None = None,
     epochs: int | None = None,
@@ -193,13 +218,14 @@ def measure(
 ) -> Measurement:
     """Measure once, on one batch, without a trace: modes, flags, gradients, buffers, random states are as before.
 
+    The bytes of a row are taken to be those that enter the block's first call.
+
     Args:
         model: On its device.
         usage: What its forward uses, in order.
         names: Of the blocks, in that order.
         loaders: Each is gone through once an epoch; the batch is the first one's.
         tiers: ``device``, ``host``, ``hdf5:DIR``: whose reading and writing is measured; a folder is written to.
-        row_bytes: Of a row at each block, where known; else what enters the block's first call is counted.
         autocast_dtype: Of the model.
         training: Measures training steps as well.
         epochs: Of the run, where known: a short run is measured with few samples.
@@ -228,8 +254,6 @@ def measure(
             steps = [seconds * (dataloader.batch_size or wanted) / wanted for seconds in steps]
     collate, beside = _kept_raw(view, _spread(len(view), count))
     beside += sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
-    known = row_bytes or {}
-    sizes = [known.get(name) or entered for name, entered in zip(names, entering, strict=True)]
     per_sample = [seconds / wanted for seconds in forward]
     return Measurement(
         names=tuple(names),
@@ -238,7 +262,8 @@ def measure(
         forward=tuple(per_sample),
         fetch=_exposed(fetch, dataloader.num_workers, sum(per_sample)),
         collate=collate,
-        row_bytes=tuple(size + beside for size in sizes),
+        row_bytes=tuple(entered + beside for entered in entering),
+        beside=beside,
         steps=tuple(steps),
         speeds={tier: speed_of(tier, device, limit) for tier in tiers},
         passing=tuple(_passing(model, usage, names, 2 * fetch)),

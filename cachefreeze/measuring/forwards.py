@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -58,6 +59,24 @@ def block_forwards(
         for handle in handles:
             handle.remove()
     return min(spent[1:], key=sum), [entered.get(name, 0) for name in names]
+
+
+@contextmanager
+def first_call(modules: Sequence[nn.Module], device: torch.device) -> Iterator[list[float]]:
+    """When one of some modules was first called, alone in a list; the list is empty if none was."""
+    called: list[float] = []
+
+    def note(*_: Any) -> None:
+        if not called:
+            wait(device)
+            called.append(time.perf_counter())
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def called_names(model: nn.Module, usage: Usage, names: Sequence[str]) -> dict[str, str]:
