@@ -23,7 +23,7 @@ _LOG = logging.getLogger("cachefreeze")
 
 # Over what is predicted of three samples. A run that saves less than this has little to gain, and measuring takes as
 # long as a part of it.
-_SETUP_AT_MOST = 2.5
+_SETUP_AT_MOST = 2.2
 
 
 @dataclass(frozen=True)
