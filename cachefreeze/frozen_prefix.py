@@ -14,7 +14,7 @@ from cachefreeze.portions import EqualPortions, Portions
 from cachefreeze.running import NumericMode, autocast, model_device
 from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.tracing import Example
-from cachefreeze.weights import WeightWatch
+from cachefreeze.weights import WeightWatch, held
 
 
 class FrozenPrefix:
@@ -68,14 +68,15 @@ class FrozenPrefix:
     def check(self) -> None:
         """Raise if rows made earlier would be stale."""
         boundary = self.parts.boundary.name
-        if self._watch.trainable():
+        tensors = held(self.parts.prefix)
+        if any(tensor.requires_grad for tensor in tensors):
             thawed = [name for name, p in self.parts.prefix.named_parameters() if p.requires_grad]
             raise StaleCacheError(
                 f"{thawed[0].removeprefix('graph.')} before the boundary {boundary!r} is trainable again, so its "
                 "cached rows would be stale. Freeze it, or make a new Engine"
             )
         self.parts.follow()
-        if not self._watch.changed():
+        if not self._watch.changed(tensors):
             return
         # tensors that were moved (to another memory format, say) have another place, and maybe still their values
         if self._weights() != self._digest:

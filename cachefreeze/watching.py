@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from cachefreeze.errors import StaleCacheError
 from cachefreeze.fingerprint import digest
-from cachefreeze.generators import preserved_generators
+from cachefreeze.generators import generators_of, preserved_states
 from cachefreeze.ragged import evenly
 from cachefreeze.samples import View, is_map_style
 
@@ -47,7 +47,8 @@ class SampleWatch:
         datasets = self._datasets()
         self._lists = _listed(datasets)
         before = _bound(datasets)  # holds the objects: another one cannot take the address of one of them meanwhile
-        self._content = {index: self._digests(self._fetch(index)) for index in evenly(self._count, _KNOWN)}
+        known = evenly(self._count, _KNOWN)
+        self._content = {i: self._digests(batch) for i, batch in zip(known, self._fetch(known), strict=True)}
         after = _bound(self._datasets())
         # a dataset that counts or keeps what it has loaded binds attributes with every access
         steady = [where for where in before if where in after and _key(before[where]) == _key(after[where])]
@@ -82,8 +83,8 @@ class SampleWatch:
         now = _bound(datasets)
         bound = [where for where, key in self._steady.items() if where not in now or _key(now[where]) != key]
         known = list(self._content)
-        for index in known if bound else sorted({known[0], known[len(known) // 2]}):
-            batch = self._fetch(index)
+        again = known if bound else sorted({known[0], known[len(known) // 2]})
+        for index, batch in zip(again, self._fetch(again), strict=True):
             inputs, whole = self._content[index]
             if digest(batch) != whole:  # which is of the inputs too
                 what = "inputs" if self._digests(batch)[0] != inputs else "fields beside the inputs (labels?)"
@@ -91,10 +92,16 @@ class SampleWatch:
                 return f"the {what} of sample {index} are not what they were{hint}"
         return ""
 
-    def _fetch(self, index: int) -> Any:
-        """What the collate function makes of one sample."""
-        with preserved_generators(self._view.dataset, self._view.collate_fn):
-            return self._view.fetch([index])
+    def _fetch(self, samples: Sequence[int]) -> list[Any]:
+        """What the collate function makes of each of some samples."""
+        drawn_from = [
+            found for held in (self._view.dataset, self._view.collate_fn) for _, found in generators_of(held, "")
+        ]
+        batches = []
+        for index in samples:
+            with preserved_states(drawn_from):  # each as if it were the first
+                batches.append(self._view.fetch([index]))
+        return batches
 
     def _digests(self, batch: Any) -> tuple[str, str]:
         """Digests of what the model consumes of a batch, and of all of it."""

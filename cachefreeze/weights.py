@@ -6,6 +6,7 @@ byte is read. What is saved is all else: the memory of the tensors is found once
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -27,19 +28,13 @@ class WeightWatch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._tensors = _held(module)
+        self._tensors = held(module)
         self._places = [_place(tensor) for tensor in self._tensors]
         self._views = [_view(tensor) for tensor in self._tensors]
         self._sums = self._measure()
 
-    def trainable(self) -> bool:
-        """Whether any of them asks for a gradient."""
-        return any(tensor.requires_grad for tensor in _held(self._module))
-
-    def changed(self) -> bool:
-        """Whether they are other tensors now, lie elsewhere (perhaps with equal values), or hold other values."""
-        tensors = _held(self._module)
+    def changed(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether what is :func:`held` now are other tensors, lie elsewhere (perhaps with equal values), or changed."""
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return True
         return any(_place(t) != place for t, place in zip(tensors, self._places, strict=True)) or (
@@ -56,7 +51,7 @@ class WeightWatch:
         return found + (torch.stack(elsewhere).tolist() if elsewhere else [])
 
 
-def _held(module: nn.Module) -> list[Tensor]:
+def held(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, without the names that torch would put together for each."""
     found: list[Tensor | None] = []
     waiting: list[nn.Module | None] = [module]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -296,19 +296,24 @@ def _check_trainable(site: Site) -> None:
 
 def _check_modes(site: Site) -> None:
     """Flags set by hand freeze no statistics and no dropout: say so rather than cache something else."""
-    model, boundary = site.model, site.name
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in site.before:
-        module = modules[name]
-        if not (module.training and is_stochastic(module)):
+    name, module = next(_in_train_mode(site.model, "", set(site.before)), ("", None))
+    if module is not None:
+        raise FreezeError(
+            f"{name!r} ({type(module).__name__}) runs before the boundary {site.name!r} and is in train mode: "
+            "requires_grad=False alone freezes neither batch statistics nor dropout. Use "
+            f"cf.freeze(model, train_from={site.name!r})"
+        )
+
+
+def _in_train_mode(module: nn.Module, path: str, names: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Those of some modules under ``module`` that train mode changes, and that no lock holds in eval mode."""
+    for key, child in module._modules.items():
+        if child is None or is_locked(child):  # which holds all that is in it
             continue
-        above = [modules[".".join(name.split(".")[:i])] for i in range(1, name.count(".") + 1)]
-        if not any(is_locked(m) for m in (module, *above)):
-            raise FreezeError(
-                f"{name!r} ({type(module).__name__}) runs before the boundary {boundary!r} and is in train mode: "
-                "requires_grad=False alone freezes neither batch statistics nor dropout. Use "
-                f"cf.freeze(model, train_from={boundary!r})"
-            )
+        name = f"{path}{key}"
+        if child.training and name in names and is_stochastic(child):
+            yield name, child
+        yield from _in_train_mode(child, f"{name}.", names)
 
 
 def _cached_fraction(cut: Cut, model: nn.Module, two: Example, rows: list[Tensor] | None, flops: int | None) -> float:
