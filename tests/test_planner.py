@@ -200,3 +200,105 @@ def test_bytes_of_the_blocks_are_those_of_the_splits():
     model = Skip().eval()
     for block in cf.blocks(model, vectors())[1:]:
         assert cf.split(model, vectors(), block.name).boundary.bytes_per_sample == block.bytes_per_sample
+
+
+class AsksForShapes(nn.Module):
+    """Glue that takes the shape and the type of what is frozen, as it makes masks of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 64)
+        self.down = nn.Linear(64, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        embedded = self.embed(ids)
+        segments = torch.zeros_like(embedded, dtype=torch.int)[..., 0]
+        segments[:, 0] = ids[:, 0]
+        kept = mask.type_as(embedded) * embedded.new_ones(ids.shape[1])
+        x = self.head(self.down(embedded)) * kept[:, :, None]
+        return x + (segments > 3)[:, :, None] * torch.empty_like(embedded).fill_(2.0)[..., :1].expand_as(x)
+
+
+def test_what_glue_asks_for_its_shape_alone_is_not_kept(replay):
+    ids = torch.arange(12).reshape(3, 4) % 11
+    model, mask = AsksForShapes().eval(), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    parts = cf.split(model, (ids, mask), "head")
+    assert parts.boundary.bytes_per_sample == 4 * 6 * 4 + 2 * 4 * 8
+    for count in (1, 2, 5):
+        others = (torch.arange(count * 4).reshape(count, 4) * 3 % 11, torch.ones(count, 4, dtype=torch.int64))
+        assert torch.equal(parts.suffix(*parts.prefix(*others)), model(*others))
+
+
+class Attends(nn.Module):
+    """What is called with one tensor as query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.v(value) * torch.sigmoid(self.q(query) * self.k(key))
+
+
+class AttendsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attends() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.cat((x, x.flip(-1)), dim=-1).reshape(*x.shape[:-1], 2, 6).mean(dim=-2)
+            x = layer(x, x, x)
+        return x
+
+
+def test_a_tensor_that_enters_the_boundary_more_than_once_is_kept_once(replay):
+    model = AttendsTwice().eval()
+    parts = cf.split(model, vectors(), "layers.1")
+    assert parts.boundary.bytes_per_sample == 24
+    assert torch.equal(parts.suffix(parts.prefix(vectors())), model(vectors()))
+
+
+class Converts(nn.Module):
+    """A frozen layer that is given a table, and casts it to the type that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x) + table.type(x.dtype))
+
+
+class Remembers(nn.Module):
+    """As XLNet does: one table for all layers, and in eval mode their inputs are returned as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Converts() for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        table, memories = torch.linspace(0, 1, 6), []
+        for layer in self.layers:
+            memories.append(x if self.training else x.detach())
+            x = layer(x, table)
+        return (x,) if self.training else (x, *memories)
+
+
+def test_a_table_that_a_frozen_layer_hands_back_is_not_made_there(replay):
+    model = Remembers().train()
+    cf.freeze(model, train_from="layers.2", example_inputs=vectors())
+    parts = cf.split(model, vectors())
+    assert {name for name, _ in parts.suffix.plan.closed} == {"layers.0", "layers.1"}
+
+
+def test_of_two_modes_neither_decides_alone_what_is_kept(replay):
+    """The input of the boundary would do in train mode, and be kept beside what eval mode needs."""
+    model = Remembers().train()
+    cf.freeze(model, train_from="layers.2", example_inputs=vectors())
+    parts = cf.split(model, vectors())
+    assert parts.boundary.bytes_per_sample == 3 * 24
+    model.eval()
+    for got, wanted in zip(parts.suffix(*parts.prefix(vectors())), model(vectors()), strict=True):
+        assert torch.equal(got, wanted)

@@ -83,13 +83,11 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
     one_mode = record_at(site, example, 2, opened, train=False, live=frozenset(two.live))
     _take_specs(one_mode, two)
     inputs = {value.place for value in two.values if value.spec is not None and value.spec.input is not None}
-    kept, again = _kept(two, site, example, inputs)
-    kept |= inputs | (_asked(site, two) if keep_asked else _kept_otherwise(site, example, opened, two))
-    # what is kept for one mode costs the other nothing
-    more, again_too = _kept(one_mode, site, example, kept)
+    others = inputs | (_asked(site, two) if keep_asked else _kept_otherwise(site, example, opened, two))
+    kept, again = _kept_in_both(two, one_mode, site, example, inputs, others)
     if two.branches or one_mode.branches:  # the way not taken may use what no poison can show: ids and masks
         kept |= {v.place for v in two.values if _is_raw_integer(v) and fits_a_row(v.spec)}
-    order = {value.place: value for value in two.values if value.place in kept | more}
+    order = {value.place: value for value in two.values if value.place in kept}
     places = tuple(place for place in order if place is not None)
     lost = next((p for p in places if p[0] in ("output", "written") and p[1:3] not in one_mode.closed), None)
     if lost is not None and lost[1:3] in two.constant:
@@ -103,7 +101,7 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
         tensors=tuple(_spec(order[place]) for place in places),
         closed={key: call for key, call in two.closed.items() if key in one_mode.closed},
         constant=frozenset(two.constant | one_mode.constant),
-        again=frozenset(again | again_too),
+        again=frozenset(again),
         values=two.values,
         stand_ins=_glanced_inputs(two, site.name) | _glanced_inputs(one_mode, site.name),
     )
@@ -248,6 +246,32 @@ def _out(value: Value, number: int, block: str) -> tuple[int, str]:
     foreign = value.place is not None and value.place[0] == "argument" and value.place[1] != block
     can = value.place is not None and fits_a_row(value.spec) and not value.random and not foreign
     return number, "out" if can else "in"
+
+
+def _kept_in_both(
+    train: Recording,
+    evaluate: Recording,
+    site: Site,
+    example: Example,
+    free: set[Place | None],
+    others: set[Place | None],
+) -> tuple[set[Place | None], set[tuple[str, int]]]:
+    """Places to keep for both modes, and closed calls to make again.
+
+    What is kept for one mode costs the other nothing, so the first one decides: where it is not the second's as well,
+    both orders are tried. A place is as large in both.
+    """
+    sizes = {value.place: value.spec.bytes_per_sample for value in train.values if value.spec is not None}
+    found: list[tuple[int, int, set[Place | None], set[tuple[str, int]]]] = []
+    for first, second in ((train, evaluate), (evaluate, train)):
+        kept, again = _kept(first, site, example, free)
+        kept |= others
+        more, again_too = _kept(second, site, example, kept)
+        found.append((sum(sizes.get(place, 0) for place in kept | more), len(found), kept | more, again | again_too))
+        if more <= kept:
+            break
+    _, _, kept, again = min(found)
+    return kept, again
 
 
 def _kept(

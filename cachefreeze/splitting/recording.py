@@ -23,7 +23,7 @@ from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
-from cachefreeze.splitting.contents import SIZES, Contents
+from cachefreeze.splitting.contents import SIZES, Contents, contents_read
 from cachefreeze.splitting.memory import Memory
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.tensors import Known, Tensors
@@ -354,7 +354,7 @@ class _Recorder(TorchFunctionMode):
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
-                if leaf not in self._tensors:
+                if leaf not in self._tensors and not any(leaf is other for other in given):
                     self._inside[leaf] = self._closed
             return result
         drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
@@ -371,7 +371,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _glue(self, name: str, given: list[Tensor], made: list[Tensor], written: list[Tensor], *, drew: bool) -> None:
-        inputs = self._value_numbers(given)
+        inputs = self._value_numbers(contents_read(name, given))
         if not self._ended and (inputs or self._batching is None):  # glue goes through lists entry by entry
             self.recording.operations.append(name)
         if inputs:

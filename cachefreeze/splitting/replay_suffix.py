@@ -291,7 +291,8 @@ class ReplaySuffix(Uncopied, nn.Module):
                 if number == 0:
                     leaves, tree = pytree.tree_flatten((args, kwargs))
                     for at, row in arguments.items():
-                        leaves[at] = current.rows[row]
+                        given = leaves[at]  # perhaps more than once, as query, key and value
+                        leaves = [current.rows[row] if leaf is given else leaf for leaf in leaves]
                     args, kwargs = pytree.tree_unflatten(leaves, tree)
                 return inner(*args, **kwargs)
 
