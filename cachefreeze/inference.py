@@ -224,7 +224,8 @@ class _ReplayCopy:
         shared = [p for name, p in site.model.named_parameters() if name not in site.frozen]
         self.root: nn.Module = copy.deepcopy(site.model, {id(p): p for p in shared})
         self._site = replace(site, model=self.root)
-        self._plan = plan_of(parts)
+        planned = plan_of(parts)
+        self._plan = replace(planned, shared=planned.shared.apart())
         self._shared = frozenset(map(id, shared))
 
     def prefix(self) -> nn.Module:

@@ -148,6 +148,30 @@ def test_the_fewest_bytes_by_hand():
     assert minimum_bytes(two, three, "stem") == 3 * 5 * 5 * 4
 
 
+class Shaped(nn.Module):
+    """Asks what is wide for its shape, and frees what it made of weights before it makes the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 2, 5, 5))
+        self.stem, self.narrow, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 1, 1), nn.Conv2d(1, 1, 3)
+
+    def forward(self, x):
+        wide = self.stem(x)
+        narrow = self.narrow(wide)
+        freed = [self.table * i for i in range(9)]
+        scale = 1 + 0 * float(sum(part.sum() for part in freed))
+        del freed
+        large = torch.cat([narrow * scale] * 2, dim=1)
+        return self.head(large[:, :1] + large[:, 1:]) * torch.ones_like(wide)[:, :1, :3, :3]
+
+
+def test_the_fewest_bytes_hold_neither_what_gives_its_shape_nor_memory_of_dead_weights():
+    two, three = (record(Shaped(), torch.randn(n, 3, 5, 5), call) for n in (2, 3))
+    assert minimum_bytes(two, three, "head") == 5 * 5 * 4
+    assert all(value.recomputable for value in two.values if value.shape == (2, 2, 5, 5))
+
+
 class Coupled(nn.Module):
     """Random, or batch-dependent, before ``head`` even in eval mode."""
 

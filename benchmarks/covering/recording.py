@@ -17,6 +17,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+# What takes the shape and the type of a tensor, and nothing of what is in it.
+_SHAPE_ONLY = frozenset({
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+    "new_empty_strided",
+})  # fmt: skip
+
 
 @dataclass
 class Value:
@@ -64,6 +70,7 @@ class Recorder(TorchDispatchMode):
         # views of a weight share its memory; values computed from weights alone count as weights
         self._weights = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
         self._derived: dict[int, frozenset[str]] = {}
+        self._held: list[Tensor] = []  # these, so that their memory comes back with nothing else
         self._of: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def value_of(self, tensor: Tensor) -> int | None:
@@ -82,7 +89,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        inputs = frozenset(v for t in given if (v := self.value_of(t)) is not None)
+        read = [] if func._overloadpacket.__name__ in _SHAPE_ONLY else given
+        inputs = frozenset(v for t in read if (v := self.value_of(t)) is not None)
         weights = frozenset().union(*(self._weight_names(t) for t in given))
         direct = frozenset(n for t in given if (n := self._weights.get(t.untyped_storage().data_ptr())) is not None)
         result = func(*args, **(kwargs or {}))
@@ -96,6 +104,7 @@ class Recorder(TorchDispatchMode):
         if not inputs:
             for tensor in made if weights else []:
                 self._derived.setdefault(tensor.untyped_storage().data_ptr(), weights)
+                self._held.append(tensor)
             return result
         self.found.reads[self.now] = inputs
         cheap = not weights and not works

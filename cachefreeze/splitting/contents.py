@@ -11,10 +11,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 # What makes tensors whose size follows from what is in another, and what reads a size.
 _SIZED = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
 SIZES = frozenset({"shape", "size", "__len__", "numel", "nelement"})
-# What takes nothing but the shape of a tensor.
-_SHAPE_ONLY = frozenset({
+# What takes nothing but shape, type and device of its first tensor, and of all but its first.
+SHAPE_ONLY = frozenset({
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 })  # fmt: skip
+_SHAPED_AS_OTHERS = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
+
+
+def contents_read(name: str, given: list[Tensor]) -> list[Tensor]:
+    """Those of an operation's tensors of which it takes more than shape, type and device."""
+    if name in SHAPE_ONLY:
+        return given[1:]
+    return given[:1] if name in _SHAPED_AS_OTHERS else given
 
 
 class Contents:
@@ -59,7 +67,7 @@ class Contents:
     def follow(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
         """Know what an operation made or wrote; whether it saw masks alone."""
         pure, masks = (
-            bool(depend) and (name in _SHAPE_ONLY or all(leaf in known for leaf in depend))
+            bool(depend) and (name in SHAPE_ONLY or all(leaf in known for leaf in depend))
             for known in (self._pure, self._masks)
         )
         if not any(isinstance(leaf, nn.Parameter) for leaf in given):

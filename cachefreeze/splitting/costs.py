@@ -102,7 +102,7 @@ def _crossing_bytes(
     def closes(call: Call) -> bool:
         return not any(call.start < start < call.end for start in starts)
 
-    rules = Rules(usage=usage, closes=closes, boundaries=starts, strict=False)
+    rules = Rules(usage=usage, closes=closes, boundaries=starts, strict=False, shares=not inputs_kept)
     recording = _record_alike(model, example, rules)
     if recording is None:
         return {}

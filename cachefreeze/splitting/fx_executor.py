@@ -22,6 +22,7 @@ from cachefreeze.isolation import eval_mode
 from cachefreeze.splitting.boundary import Cut, Site, Uncopied, as_returned
 from cachefreeze.splitting.fx_recipe import VIEWS, Recipe, signature, tensor_leaves
 from cachefreeze.splitting.fx_tracing import Tracing
+from cachefreeze.splitting.fx_unread import unread_rows
 from cachefreeze.tracing import Example
 
 # Deterministic and parameter-free, and never larger than their input: right after the prefix they belong to it,
@@ -71,16 +72,24 @@ class FxExecutor:
         three = _record(prefix, example, [i % example.batch for i in range(3)])
         _check_constants(list(evaluate.nodes), crossing, two, prefix, example)
         recipe = Recipe(evaluate, end, crossing, two, three)
-        suffix = Suffix(
-            site.model, tracing.open_modules(), lambda graph: recipe.suffix(graph or tracing.graph(), site.model)
-        )
-        with site.mode(train=True):
-            suffix.prepare(train)
-        with site.mode(train=False):
-            suffix.prepare(evaluate)
+
+        def prepared() -> Suffix:
+            suffix = Suffix(
+                site.model, tracing.open_modules(), lambda graph: recipe.suffix(graph or tracing.graph(), site.model)
+            )
+            with site.mode(train=True):
+                suffix.prepare(train)
+            with site.mode(train=False):
+                suffix.prepare(evaluate)
+            return suffix
+
+        suffix = prepared()
         kept = [crossing.index(position) for position in recipe.stored]
-        prefix.select(kept)
-        return Cut(prefix, suffix, tuple(recipe.tensors))
+        recipe.left_out = unread_rows(suffix, list(_tensors(two, kept)), site)
+        if recipe.left_out:
+            suffix = prepared()
+        prefix.select(kept, recipe.left_out)
+        return Cut(prefix, suffix, tuple(t for i, t in enumerate(recipe.tensors) if i not in recipe.left_out))
 
 
 class Prefix(nn.Module):
@@ -90,10 +99,11 @@ class Prefix(nn.Module):
         super().__init__()
         self.graph = graph
         self._kept: list[int] | None = None
+        self._left_out = frozenset[int]()
 
-    def select(self, kept: list[int]) -> None:
-        """Hand out only these of the recorded values; the others are remade in the suffix."""
-        self._kept = kept
+    def select(self, kept: list[int], left_out: frozenset[int] = frozenset()) -> None:
+        """Hand out only these of the recorded values, and not some of their tensors; the suffix remakes the others."""
+        self._kept, self._left_out = kept, left_out
 
     def values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Every recorded value that crosses the boundary."""
@@ -103,7 +113,8 @@ class Prefix(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """Run the frozen part: one tensor, or a tuple in the order of ``boundary.tensors``."""
-        return as_returned(_tensors(self.values(*args, **kwargs), self._kept))
+        made = _tensors(self.values(*args, **kwargs), self._kept)
+        return as_returned([tensor for at, tensor in enumerate(made) if at not in self._left_out])
 
 
 class Suffix(Uncopied, nn.Module):

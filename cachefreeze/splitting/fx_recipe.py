@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError
 from cachefreeze.splitting.boundary import BoundaryTensor
+from cachefreeze.splitting.fx_unread import absent, absent_arguments
 
 VIEWS = {
     operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
@@ -27,7 +28,8 @@ class Recipe:
 
     Attributes:
         stored: Positions whose value is one tensor (or several) that arrives as rows.
-        tensors: The boundary tensors, in the order of the suffix's arguments.
+        tensors: The boundary tensors, in the order of the suffix's arguments and of what is left out among them.
+        left_out: Which of them do not arrive, since nothing follows from them.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Recipe:
         self.before = [signature(node) for node in nodes[:end]]
         self.values = {p: (a, b) for p, a, b in zip(crossing, at_two, at_three, strict=True)}
         self.same, self.views = _shared_memory(nodes, self.values)
+        self.left_out = frozenset[int]()
         self.stored: list[int] = []
         self.tensors: list[BoundaryTensor] = []
         for position in crossing:
@@ -62,9 +65,12 @@ class Recipe:
                 "around the boundary all in train mode or all in eval mode"
             )
         made = fx.Graph()
-        rows = [made.placeholder(f"row_{i}") for i in range(len(self.tensors))]
-        batch = made.call_function(torch.Tensor.size, (rows[0], self.tensors[0].batch_dim))
-        arriving = iter(rows)
+        rows = {i: made.placeholder(f"row_{i}") for i in range(len(self.tensors)) if i not in self.left_out}
+        first = min(rows)
+        batch = made.call_function(torch.Tensor.size, (rows[first], self.tensors[first].batch_dim))
+        for i in sorted(self.left_out):
+            rows[i] = made.call_function(absent, (rows[first], batch, *absent_arguments(self.tensors[i])))
+        arriving = iter(rows[i] for i in range(len(self.tensors)))
         copies: dict[fx.Node, fx.Node] = {}
         for position, (at_two, at_three) in self.values.items():
             if position in self.same:

@@ -9,6 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cachefreeze.splitting.contents import contents_read
+
 
 class Region:
     """Where a tensor's memory is, known until it is freed: then its address comes back with another tensor.
@@ -54,7 +56,8 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        numbers = frozenset[int]().union(*(self.of(leaf) for leaf in given))
+        read = contents_read(func._overloadpacket.__name__, given)
+        numbers = frozenset[int]().union(*(self.of(leaf) for leaf in read))
         if numbers:
             made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
             for leaf in made if not func._schema.is_mutable else (*made, *given[:1]):

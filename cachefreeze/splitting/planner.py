@@ -21,6 +21,7 @@ from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
 from cachefreeze.splitting.recording import OpenInstead, Rules, open_as_needed, record
+from cachefreeze.splitting.shared import Shared
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import Example
 
@@ -36,6 +37,7 @@ class Plan:
         constant: Calls that the suffix makes as the model does, and whose inner calls do not count.
         again: Closed calls that the suffix makes again: they hold no weights, and cost no bytes.
         values: The recorded values, which the closed calls name by number.
+        shared: Values that the suffix is given beside the rows, since they are the same for every sample.
         stand_ins: Positions of inputs that are not kept, but that glue asks for a truth value: any valid one will do.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     constant: frozenset[tuple[str, int]]
     again: frozenset[tuple[str, int]]
     values: list[Value]
+    shared: Shared
     stand_ins: frozenset[int]
 
 
@@ -76,20 +79,19 @@ def plan(site: Site, example: Example, shorter: Example | None = None, *, keep_a
 
 
 def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example | None, *, keep_asked: bool) -> Plan:
-    two, three = (record_at(site, example, count, opened, train=True) for count in (2, 3))
+    shares = shorter is None  # what follows from a length alone is another one for every batch
+    two, three = (record_at(site, example, count, opened, train=True, shares=shares) for count in (2, 3))
     compare(two, three, f"what runs before {site.name!r}")
     if shorter is not None:
         follow_lengths(site, two, record_at(site, shorter, 2, opened, train=True))
-    one_mode = record_at(site, example, 2, opened, train=False, live=frozenset(two.live))
+    one_mode = record_at(site, example, 2, opened, train=False, live=frozenset(two.live), shares=shares)
     _take_specs(one_mode, two)
     inputs = {value.place for value in two.values if value.spec is not None and value.spec.input is not None}
-    kept, again = _kept(two, site, example, inputs)
-    kept |= inputs | (_asked(site, two) if keep_asked else _kept_otherwise(site, example, opened, two))
-    # what is kept for one mode costs the other nothing
-    more, again_too = _kept(one_mode, site, example, kept)
+    others = inputs | (_asked(site, two) if keep_asked else _kept_otherwise(site, example, opened, two))
+    kept, again = _kept_in_both(two, one_mode, site, example, inputs, others)
     if two.branches or one_mode.branches:  # the way not taken may use what no poison can show: ids and masks
         kept |= {v.place for v in two.values if _is_raw_integer(v) and fits_a_row(v.spec)}
-    order = {value.place: value for value in two.values if value.place in kept | more}
+    order = {value.place: value for value in two.values if value.place in kept}
     places = tuple(place for place in order if place is not None)
     lost = next((p for p in places if p[0] in ("output", "written") and p[1:3] not in one_mode.closed), None)
     if lost is not None and lost[1:3] in two.constant:
@@ -98,13 +100,15 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
         )
     if lost is not None:
         raise SplitError(f"replay: {lost[1]!r} is called in train mode only before {site.name!r}, so no row is fixed")
+    closed = {key: call for key, call in two.closed.items() if key in one_mode.closed}
     return Plan(
         kept=places,
         tensors=tuple(_spec(order[place]) for place in places),
-        closed={key: call for key, call in two.closed.items() if key in one_mode.closed},
+        closed=closed,
         constant=frozenset(two.constant | one_mode.constant),
-        again=frozenset(again | again_too),
+        again=frozenset(again),
         values=two.values,
+        shared=Shared(two.values[number] for call in closed.values() for number in call.shared),
         stand_ins=_glanced_inputs(two, site.name) | _glanced_inputs(one_mode, site.name),
     )
 
@@ -117,6 +121,7 @@ def record_at(
     *,
     train: bool,
     live: frozenset[tuple[str, int]] = frozenset(),
+    shares: bool = False,
     contrary: bool = False,
 ) -> Recording:
     """One forward with ``count`` samples, of which two differ, in train or eval mode behind the boundary."""
@@ -128,6 +133,7 @@ def record_at(
         boundaries={first.start if first is not None else -1: site.name},
         trainable=trainable,
         live=live,
+        shares=shares,
         contrary=contrary,
     )
     some = example.take([i % 2 for i in range(count)])
@@ -198,6 +204,10 @@ def compare(two: Recording, three: Recording, what: str) -> None:
             for a, b in zip(call.leaves, other.leaves, strict=True)
         ):
             raise OpenInstead(call.name, "returns a value that depends on the number of samples in a batch")
+        for number in call.shared:
+            a, b = two.values[number], three.values[number]
+            if a.spec is None and a.shape != b.shape:
+                raise OpenInstead(call.name, "returns a table whose size depends on the number of samples in a batch")
 
 
 def minimum_cut(
@@ -248,6 +258,32 @@ def _out(value: Value, number: int, block: str) -> tuple[int, str]:
     foreign = value.place is not None and value.place[0] == "argument" and value.place[1] != block
     can = value.place is not None and fits_a_row(value.spec) and not value.random and not foreign
     return number, "out" if can else "in"
+
+
+def _kept_in_both(
+    train: Recording,
+    evaluate: Recording,
+    site: Site,
+    example: Example,
+    free: set[Place | None],
+    others: set[Place | None],
+) -> tuple[set[Place | None], set[tuple[str, int]]]:
+    """Places to keep for both modes, and closed calls to make again.
+
+    What is kept for one mode costs the other nothing, so the first one decides: where it is not the second's as well,
+    both orders are tried. A place is as large in both.
+    """
+    sizes = {value.place: value.spec.bytes_per_sample for value in train.values if value.spec is not None}
+    found: list[tuple[int, int, set[Place | None], set[tuple[str, int]]]] = []
+    for first, second in ((train, evaluate), (evaluate, train)):
+        kept, again = _kept(first, site, example, free)
+        kept |= others
+        more, again_too = _kept(second, site, example, kept)
+        found.append((sum(sizes.get(place, 0) for place in kept | more), len(found), kept | more, again | again_too))
+        if more <= kept:
+            break
+    _, _, kept, again = min(found)
+    return kept, again
 
 
 def _kept(

@@ -23,8 +23,8 @@ from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
-from cachefreeze.splitting.contents import SIZES, Contents
-from cachefreeze.splitting.memory import Memory
+from cachefreeze.splitting.contents import SIZES, Contents, contents_read
+from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.tensors import Known, Tensors
 from cachefreeze.splitting.values import ClosedCall, Place, Recording
@@ -82,6 +82,7 @@ class Rules:
         trainable: Ids of parameters whose use in glue is a boundary too: of the only block in ``boundaries``.
         live: Calls by module name and number that are glue: chance decides in train mode what they are given.
         strict: Refuse what makes rows depend on a batch or on chance; without, only look.
+        shares: Whether what closed calls make of weights and shapes alone is kept outside the rows.
         contrary: Give the opposite answer where glue asks ids and masks for a truth value: what the way that the
             example does not take would use.
     """
@@ -92,6 +93,7 @@ class Rules:
     trainable: frozenset[int] = frozenset()
     live: frozenset[tuple[str, int]] = frozenset()
     strict: bool = True
+    shares: bool = False
     contrary: bool = False
 
 
@@ -146,7 +148,8 @@ class _Recorder(TorchFunctionMode):
         self._start = RandomState.capture()
         self._drawn: MutableMapping[Tensor, Callable[[], Any]] = WeakIdKeyDictionary()  # how to draw it again
         self._closed: str | None = None
-        self._touched = False
+        self._touched = False  # the closed call saw a value
+        self._decided = False  # and read one into Python
         self._stack: list[tuple[str, RandomState]] = []
 
     @property
@@ -226,7 +229,7 @@ class _Recorder(TorchFunctionMode):
         if random or (name, number) in self._rules.live or not self._rules.closes(call) or name in self._opened:
             return own(*args, **kwargs)
         state = _torch_state()
-        self._closed, self._touched = name, False
+        self._closed, self._touched, self._decided = name, False, False
         try:
             result = own(*args, **kwargs)
         finally:
@@ -294,9 +297,17 @@ class _Recorder(TorchFunctionMode):
                 described.append(("argument", ids.index(id(leaf))))
             else:
                 self._inside.pop(leaf, None)
-                made = self._add(leaf, inputs, ("output", name, number, at), opaque=not again)
-                described.append(("value", made))
+                place: Place = "output", name, number, at
+                if self._is_shared(leaf):
+                    described.append(("shared", self._tensors.describe(leaf, self._tick(), place)))
+                    continue
+                described.append(("value", self._add(leaf, inputs, place, opaque=not again)))
         self.recording.closed[name, number] = ClosedCall(name, number, structure, described, written)
+
+    def _is_shared(self, leaf: Tensor) -> bool:
+        """Whether what a closed call made follows from weights and shapes alone: no value went into its memory."""
+        known = self._rules.shares and self._batching is None and not self._decided and address_of(leaf) != 0
+        return known and not self.memory.of(leaf)
 
     # --- values ---
 
@@ -354,7 +365,7 @@ class _Recorder(TorchFunctionMode):
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
-                if leaf not in self._tensors:
+                if leaf not in self._tensors and not any(leaf is other for other in given):
                     self._inside[leaf] = self._closed
             return result
         drew = state is not None and (state != _torch_state() or kwargs.get("generator") is not None)
@@ -371,7 +382,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _glue(self, name: str, given: list[Tensor], made: list[Tensor], written: list[Tensor], *, drew: bool) -> None:
-        inputs = self._value_numbers(given)
+        inputs = self._value_numbers(contents_read(name, given))
         if not self._ended and (inputs or self._batching is None):  # glue goes through lists entry by entry
             self.recording.operations.append(name)
         if inputs:
@@ -395,6 +406,7 @@ class _Recorder(TorchFunctionMode):
         # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
         asks_truth = of_masks and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
         if name in _READS and depend:
+            self._decided = True
             self.recording.branches |= self._ended
             if self._checking and not asks_truth:
                 self._refuse_read(name)

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
-from cachefreeze.isolation import RandomState, preserved_random_state, preserved_state
+from cachefreeze.isolation import RandomState, operation, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Cut, Site, rows_of
+from cachefreeze.splitting.contents import contents_read
 from cachefreeze.splitting.planner import plan
 from cachefreeze.splitting.replay_prefix import ReplayPrefix
 from cachefreeze.splitting.replay_suffix import ReplaySuffix
@@ -77,6 +80,25 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (not isinstance(a, trees.CONSTANTS) or a == b)
 
 
+class _Shapes(TorchFunctionMode):
+    """What takes nothing but the shape of a value that is not there makes what it makes of any such value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = trees.tensors((args, kwargs))
+        read = contents_read(operation(func), given)
+        if len(read) < len(given) and any(isinstance(leaf, FakeTensor) for leaf in given):
+            taken = {id(leaf) for leaf in read}
+            args, kwargs = pytree.tree_map_only(
+                FakeTensor, lambda leaf: leaf if id(leaf) in taken else _shaped_as(leaf), (args, kwargs)
+            )
+        return func(*args, **kwargs)
+
+
+def _shaped_as(fake: FakeTensor) -> Tensor:
+    return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
+
+
 def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site, some: Example) -> Any:
     """The output, of which nothing may depend on what is not kept."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -86,7 +108,8 @@ def _prove(suffix: ReplaySuffix, rows: list[Tensor], site: Site, some: Example) 
             return torch.empty(shape, dtype=dtype, device=device)
 
     try:
-        output = suffix.run([row.clone() for row in rows], poison, given=some.beside)
+        with _Shapes():
+            output = suffix.run([row.clone() for row in rows], poison, given=some.beside)
     except SplitError:
         raise
     except Exception as error:  # the model's forward may fail with anything on a value that is not there

@@ -44,8 +44,8 @@ class Notes:
         found: What was seen so far, by place.
     """
 
-    def __init__(self, planned: Plan) -> None:
-        self._kept = frozenset(planned.kept)
+    def __init__(self, planned: Plan, others: frozenset[Place] = frozenset()) -> None:
+        self._kept = frozenset(planned.kept) | others
         self._opaque = planned.closed.keys() | planned.constant
         self.begin()
 
@@ -139,7 +139,7 @@ class ReplayPrefix(Uncopied, nn.Module):
         # what the fingerprint sees of modules whose forward runs here in part
         seen = [type(m).forward for m in opened], [attributes_of(m) for m in opened]
         self.recipe = (planned.kept, *map(digest, seen))
-        notes = Notes(planned)
+        notes = Notes(planned, planned.shared.places)
         forwards = {name: notes.around(name) for name in names}
         stop = site.known_as
         forwards[stop] = notes.arriving(site.name, forwards.get(stop))
@@ -148,6 +148,7 @@ class ReplayPrefix(Uncopied, nn.Module):
             made.training = False
         self.kept = planned.kept
         self.tensors = planned.tensors
+        self.shared = planned.shared
         # not registered: the replica holds what trains as well
         self.__dict__["_run"] = _Run(
             replica, notes, [("", module) for module in opened], [model.get_submodule(name) for name in site.before]
@@ -183,12 +184,14 @@ class ReplayPrefix(Uncopied, nn.Module):
                 run.replica(*args, **kwargs)
             if run.writes is None:
                 run.writes = bool(state.changed()) or _versions(watched) != versions
-        missing = [place for place in self.kept if place not in notes.found]
+        missing = [place for place in (*self.kept, *self.shared.places) if place not in notes.found]
         if missing:
             raise SplitError(
                 f"replay: {missing[0][1] or 'an input'!r} was not seen on the way to the boundary: the forward goes "
                 "another way on these inputs, or this is a copy of a prefix (copy the model, and split the copy)"
             )
+        for place in self.shared.places:
+            self.shared.note(place, notes.found[place])
         pairs = zip(self.kept, self.tensors, strict=True)
         values = [spec.unfold(notes.found[place]) for place, spec in pairs]
         notes.begin()

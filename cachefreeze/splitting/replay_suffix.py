@@ -18,7 +18,7 @@ from cachefreeze.splitting.boundary import Site, Uncopied
 from cachefreeze.splitting.planner import Plan
 from cachefreeze.splitting.replay_inputs import Inputs, Pass, Poison, poisoned
 from cachefreeze.splitting.replica import Rewrite, replicate
-from cachefreeze.splitting.values import ClosedCall
+from cachefreeze.splitting.values import ClosedCall, Place
 from cachefreeze.tracing import Example
 
 # Under which calls of the boundary are counted, beside those of its module's stub: no module has this name.
@@ -269,6 +269,9 @@ class ReplaySuffix(Uncopied, nn.Module):
                 leaves.append(what)
             elif kind == "argument":
                 leaves.append(given[what])
+            elif kind == "shared":
+                place: Place = "output", call.name, call.number, at
+                leaves.append(self.plan.shared.give(place, current.batch, rows[0].device))
             else:
                 row = places.get(("output", call.name, call.number, at))
                 value = self.plan.values[what]
@@ -291,7 +294,8 @@ class ReplaySuffix(Uncopied, nn.Module):
                 if number == 0:
                     leaves, tree = pytree.tree_flatten((args, kwargs))
                     for at, row in arguments.items():
-                        leaves[at] = current.rows[row]
+                        given = leaves[at]  # perhaps more than once, as query, key and value
+                        leaves = [current.rows[row] if leaf is given else leaf for leaf in leaves]
                     args, kwargs = pytree.tree_unflatten(leaves, tree)
                 return inner(*args, **kwargs)
 

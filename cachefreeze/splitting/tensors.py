@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
@@ -65,14 +66,17 @@ class Tensors:
         random: bool = False,
     ) -> int:
         """From now on a tensor is a value of its own; the number of the value."""
-        about = tuple(tensor.shape), tensor.dtype, _strides(tensor)
-        number = self._append(Value(*about, inputs, made, place, opaque, random))
+        number = self._append(Value(*_about(tensor), inputs, made, place, opaque, random))
         known = self._of.get(tensor)
         if known is None:
             known = self._of[tensor] = Known(TensorWeakRef(tensor))
             self._all.append(known)
         known.number, known.region = number, self._memory.note(tensor, frozenset({number}))
         return number
+
+    def describe(self, tensor: Tensor, made: int, place: Place) -> int:
+        """The number of a value that is none to what is made of its tensor: it depends on no input."""
+        return self._append(Value(*_about(tensor), frozenset(), made, place))
 
     def write(
         self, written: list[Tensor], inputs: frozenset[int], tick: Callable[[], int], *, random: bool = False
@@ -111,6 +115,10 @@ class Tensors:
         value.random = value.random or any(self._values[n].random for n in value.inputs)
         self._values.append(value)
         return len(self._values) - 1
+
+
+def _about(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...] | None]:
+    return tuple(tensor.shape), tensor.dtype, _strides(tensor)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:

@@ -52,20 +52,26 @@ class ClosedCall:
         name: Of the module.
         number: Which of its calls, from 0; calls inside closed calls do not count.
         structure: Of what it returned.
-        leaves: Per leaf a constant, a value's number, or the position of the argument leaf that it is.
+        leaves: Per leaf a constant, a value's number, the position of the argument leaf that it is, or the number of
+            a value that is shared by all samples.
         written: (position of an argument leaf that it wrote into, the value's number afterwards).
     """
 
     name: str
     number: int
     structure: trees.Structure
-    leaves: list[tuple[Literal["constant", "value", "argument"], Any]]
+    leaves: list[tuple[Literal["constant", "value", "argument", "shared"], Any]]
     written: list[tuple[int, int]]
 
     @property
     def made(self) -> set[int]:
         """Numbers of the values that it made."""
         return {what for kind, what in self.leaves if kind == "value"} | {number for _, number in self.written}
+
+    @property
+    def shared(self) -> set[int]:
+        """Numbers of the values that it made of weights and shapes alone."""
+        return {what for kind, what in self.leaves if kind == "shared"}
 
 
 @dataclass
