@@ -36,6 +36,7 @@ class Plan:
         constant: Calls that the suffix makes as the model does, and whose inner calls do not count.
         again: Closed calls that the suffix makes again: they hold no weights, and cost no bytes.
         values: The recorded values, which the closed calls name by number.
+        late: Names of the buffers that the forward uses behind the boundary alone, as it runs to make rows.
         stand_ins: Positions of inputs that are not kept, but that glue asks for a truth value: any valid one will do.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     again: frozenset[tuple[str, int]]
     values: list[Value]
     stand_ins: frozenset[int]
+    late: frozenset[str]
 
 
 def plan(site: Site, example: Example, shorter: Example | None = None, *, keep_asked: bool = False) -> Plan:
@@ -106,6 +108,7 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
         again=frozenset(again | again_too),
         values=two.values,
         stand_ins=_glanced_inputs(two, site.name) | _glanced_inputs(one_mode, site.name),
+        late=frozenset(n for n in two.buffers.keys() | one_mode.buffers.keys() if one_mode.buffers.get(n, True)),
     )
 
 
