@@ -22,6 +22,7 @@ from cachefreeze.following import Following
 from cachefreeze.freezing import boundary_of, hold_eval
 from cachefreeze.heads import Heads
 from cachefreeze.inference import Optimized
+from cachefreeze.isolation import outside_inference_mode
 from cachefreeze.judging import Judgement, is_short, judge, measure_boundary, tell
 from cachefreeze.loader import CachedLoader, PassingLoader, StagedLoader, check_loader
 from cachefreeze.manager import CacheManager, recorded, split_at
@@ -125,6 +126,7 @@ class Engine:
         self._judged: Judgement | None = None
         self._cached: list[CachedLoader] = []
 
+    @outside_inference_mode()
     def loader(
         self,
         dataloader: DataLoader[Any],

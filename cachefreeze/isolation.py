@@ -88,6 +88,19 @@ def preserved_random_state() -> Iterator[RandomState]:
 
 
 @contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Make tensors that can be trained on and written later, also where the caller is in inference mode.
+
+    Its tensors can be neither, and what is made in a validation pass, stores and the memory of batches, is used again.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def preserved_modes(*models: nn.Module) -> Iterator[None]:
     """Whatever ``train()`` or ``eval()`` is called inside, every module's flag is as before on exit."""
     with preserved_modes_of(module for model in models for module in model.modules()):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cachefreeze.batches import map_tensors
 from cachefreeze.errors import CorruptRowError, LoaderError
+from cachefreeze.isolation import outside_inference_mode
 from cachefreeze.order import BatchOrder, in_sight
 from cachefreeze.prefetch import ReadAhead, Telling
 from cachefreeze.row_source import PassCounts, RowSource, Source
@@ -107,6 +109,16 @@ class CachedLoader(LoaderProxy):
         if self._instead is not None:
             yield from self._instead
             return
+        with closing(self._pass()) as batches:
+            while True:
+                with outside_inference_mode():
+                    batch = next(batches, self)
+                if batch is self:
+                    return
+                yield batch
+                del batch  # its memory is used again
+
+    def _pass(self) -> Generator[Any, None, None]:
         source = self.rows
         source.check()
         self.counts = counts = PassCounts()

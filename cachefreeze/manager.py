@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from cachefreeze.batches import Inputs
 from cachefreeze.errors import StoreError, UsageError
 from cachefreeze.inference import Optimized
+from cachefreeze.isolation import outside_inference_mode
 from cachefreeze.listed import example_of
 from cachefreeze.loader import CachedLoader, check_loader
 from cachefreeze.optimized import prefix_of
@@ -68,6 +69,7 @@ class CacheManager:
         self._rows: dict[str, StoredRows] = {}
 
     @classmethod
+    @outside_inference_mode()
     def of(
         cls,
         model: nn.Module,
@@ -102,6 +104,7 @@ class CacheManager:
         )
         return cls(split_on(model, seen, autocast), store, autocast=autocast, dtype=dtype)
 
+    @outside_inference_mode()
     def loader(
         self,
         dataloader: DataLoader[Any],
@@ -190,6 +193,7 @@ class CacheManager:
                 held.let_go()
         self._below = self._segment = None
 
+    @outside_inference_mode()
     def fill(self, loader: CachedLoader, progress: Callable[[int], None] | None = None) -> FillReport:
         """Compute every absent row of a loader's store, in order, with the loader's batch size and workers.
 

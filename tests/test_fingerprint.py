@@ -291,6 +291,53 @@ def test_a_thawed_layer_is_caught():
         next(iter(loader))
 
 
+class Counting(nn.Module):
+    """The root counts its steps before the boundary, and keeps behind it an average and a clock that its user sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mid, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.drop = nn.Dropout(0.1)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("clock", torch.ones(()))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+        y = self.mid(self.stem(x))
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * y.detach().mean(0))
+        return self.head(self.drop(y - self.mean)) / self.clock.item()
+
+
+def test_a_buffer_that_makes_no_row_may_change(tmp_path):
+    """It is followed as in a run without a cache, and a file is found again by a run that begins with another value."""
+    found, sources = [], []
+    for store, steps in (("off", 0), (f"hdf5:{tmp_path}", 0), (f"hdf5:{tmp_path}", 7)):
+        torch.manual_seed(0)
+        model = Counting()
+        model.steps += steps
+        cf.freeze(model, "mid")
+        engine = cf.Engine(model, store)
+        loader = engine.loader(DataLoader(make_data(), 8, shuffle=True))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        for epoch in engine.epochs(3):
+            model.train()
+            model.clock.fill_(1 + epoch)
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(engine(x), y).backward()
+                optimizer.step()
+            sources.append(loader.source)
+        engine.close()
+        model.steps -= steps
+        found.append(model.state_dict())
+    assert sources == ["frozen"] * 3 + ["fill", "cached", "cached"] + ["cached"] * 3
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
 class Lying(Dataset):
     """Content that no fingerprint sees: it is neither an attribute nor among the samples digested."""
 

@@ -450,3 +450,34 @@ def test_spawned_workers_take_the_users_function_along_and_nothing_else(collate)
     assert digest(again.assemble(1, again.field_tensors(collate(items)))) == digest(
         rows.view.layout.assemble(1, rows.view.layout.field_tensors(collate(items)))
     )
+
+
+@pytest.mark.parametrize("store", ["host", "hdf5"])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_a_first_pass_in_inference_mode_spoils_nothing(store, made_inside, tmp_path):
+    """Validation fills, and its stores and the memory of its batches are trained on, as without a cache."""
+
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.add_(1)  # to what it was given, which an inference tensor allows in its mode alone
+
+    found = []
+    for where in ("off", store if store == "host" else f"hdf5:{tmp_path}"):
+        torch.manual_seed(0)
+        model = nn.Sequential(InPlace(), nn.Linear(4, 40_000), nn.ReLU(), nn.Linear(40_000, 3))
+        cf.freeze(model, "3")
+        engine = cf.Engine(model, where)
+        with torch.inference_mode(made_inside):
+            train, val = engine.loader(DataLoader(Numbered(8), 4)), engine.loader(DataLoader(Numbered(8), 4))
+        optimizer = torch.optim.SGD(model[3].parameters(), 1e-6)
+        for _ in engine.epochs(2):
+            with torch.inference_mode():
+                found.append([engine(x) for x, _ in val])
+                assert torch.is_inference_mode_enabled()
+            for x, y in train:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(engine(x), y % 3).backward()
+                optimizer.step()
+        assert val.source == ("frozen" if where == "off" else "cached")
+        engine.close()
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-4, atol=1e-5)

@@ -95,6 +95,22 @@ def test_a_damaged_neighbour_explains_nothing(tmp_path, caplog):
     assert "not reused" not in caplog.text
 
 
+def test_a_neighbour_that_vanishes(tmp_path):
+    """Another process may clean the folder at any time: what is listed there need not be there any more."""
+    (tmp_path / "train-layer4.0-0123456789ab.h5").symlink_to(tmp_path / "gone")
+    open_store(f"hdf5:{tmp_path}", WANTED).close()
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(StoreError, match=r"cannot make the cache folder .*File name too long; give another one"):
+        open_store(f"hdf5:{tmp_path / ('d' * 300)}", WANTED)
+
+
+def test_a_path_is_no_tier(tmp_path):
+    with pytest.raises(UsageError, match=r"store=PosixPath.*expected 'auto', 'device', 'host', 'hdf5:DIR'"):
+        open_store(tmp_path, WANTED)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"cannot make the cache folder .*Not a directory; give another one"):

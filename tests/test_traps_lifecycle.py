@@ -217,6 +217,31 @@ class TestAfter:
         parts.follow()
         assert_follows(model, parts)
 
+    def test_a_number_read_from_a_buffer_is_followed(self, executor):
+        """At every step: a trace would keep the first one."""
+
+        class Annealed(Stack):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("power", torch.ones(()))
+
+            def forward(self, x: Tensor) -> Tensor:
+                out = super().forward(x)
+                return out**2 / self.power.item() if self.power > 1.5 else out
+
+        torch.manual_seed(0)
+        model = Annealed().train()
+        cf.freeze(model, "blocks.1", example_inputs=sequences())
+        if executor == "fx":
+            with pytest.raises(SplitError, match="'power' while it is traced"):
+                cf.split(model, sequences())
+            return
+        parts = cf.split(model, sequences())
+        for power in (2.0, 3.0):
+            model.power.fill_(power)
+            parts.follow()
+            assert_follows(model, parts)
+
     def test_a_replaced_module_is_noticed(self, split):
         model, parts = split
         model.head = nn.Linear(6, 2)

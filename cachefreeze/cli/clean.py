@@ -71,12 +71,15 @@ def _found(place: Path, named: bool) -> Iterator[_Cache]:
             nbytes = cache_bytes(path)
             # a file that was named is tried, and the error says who uses it
             used = not named and in_use(path)
+            written = path.lstat().st_mtime
+        except FileNotFoundError:  # another process removed it in the meantime
+            continue
         except StoreError as error:
             if named:
                 raise
             print(f"kept {path.name}: {printable(str(error))}")
             continue
-        yield _Cache(path, nbytes, path.lstat().st_mtime, used)
+        yield _Cache(path, nbytes, written, used)
 
 
 def _chosen(found: Iterator[_Cache], days: float | None, max_bytes: int | None) -> list[_Cache]:

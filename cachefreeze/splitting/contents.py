@@ -11,6 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 # What makes tensors whose size follows from what is in another, and what reads a size.
 _SIZED = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
 SIZES = frozenset({"shape", "size", "__len__", "numel", "nelement"})
+# What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
+READS = frozenset({
+    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__",
+    "__contains__", "equal", "allclose", "is_nonzero",
+})  # fmt: skip
 # What takes nothing but shape, type and device of its first tensor, and of all but its first.
 SHAPE_ONLY = frozenset({
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",

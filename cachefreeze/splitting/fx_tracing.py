@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cachefreeze.errors import SplitError, first_line
+from cachefreeze.fingerprint import state_tensors
 from cachefreeze.freezing import hooks_of
-from cachefreeze.isolation import preserved_random_state, preserved_state
+from cachefreeze.isolation import operation, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Site
+from cachefreeze.splitting.contents import READS
+from cachefreeze.splitting.memory import address_of
 from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
+
+
+class _Baked(TorchFunctionMode):
+    """Knows what a forward does to the model's own tensors while it is traced: no graph holds that.
+
+    Attributes:
+        found: Names of the tensors that were written, or from whose values Python made a number or took a way.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._names = {address_of(tensor): name for name, tensor in state_tensors(model)} | {
+            address_of(value): f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+        self._names.pop(0, None)
+        self._made: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = [(leaf, leaf._version, name) for leaf in _tensors((args, kwargs)) if (name := self._name(leaf))]
+        result = func(*args, **kwargs)
+        name = operation(func)
+        self.found += [owner for leaf, version, owner in known if name in READS or leaf._version != version]
+        for leaf in _tensors(result) if known else ():
+            self._made[leaf] = known[0][2]
+        return result
+
+    def _name(self, tensor: Tensor) -> str | None:
+        """Of the model's tensor that a tensor shares its memory with, or was made of."""
+        return self._names.get(address_of(tensor)) or self._made.get(tensor)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Tracing:
@@ -61,9 +106,10 @@ class Tracing:
 
         model = self.site.model
         try:
-            with preserved_random_state() as random_state, preserved_state(model) as state:
+            baked = _Baked(model)
+            with preserved_random_state() as random_state, preserved_state(model) as state, baked:
                 graph = _Cutting(lambda _m, name: name not in opened, self.example).trace(model)
-                self._refuse_baked(random_state.moved(), state.changed())
+                self._refuse_baked(random_state.moved(), state.changed(), baked.found)
                 return graph
         except SplitError:
             raise
@@ -76,7 +122,7 @@ class Tracing:
                 f"{first_line(error)}"
             ) from error
 
-    def _refuse_baked(self, drawn: list[str], changed: list[str]) -> None:
+    def _refuse_baked(self, drawn: list[str], changed: list[str], used: list[str]) -> None:
         """What happens once, while tracing, would be left out of every step."""
         model = type(self.site.model).__name__
         if drawn:
@@ -87,6 +133,11 @@ class Tracing:
         if changed:
             raise SplitError(
                 f"fx: the forward of {model} writes {changed[0]!r}, which a graph would not do again at every step"
+            )
+        if used:
+            raise SplitError(
+                f"fx: the forward of {model} reads or writes the values of {used[0]!r} while it is traced, and a graph "
+                "would keep the outcome"
             )
 
     def end(self, graph: fx.Graph) -> int:

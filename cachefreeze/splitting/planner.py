@@ -39,6 +39,7 @@ class Plan:
         values: The recorded values, which the closed calls name by number.
         shared: Values that the suffix is given beside the rows, since they are the same for every sample.
         stand_ins: Positions of inputs that are not kept, but that glue asks for a truth value: any valid one will do.
+        late: Names of the buffers that the forward uses behind the boundary alone, as it runs to make rows.
     """
 
     kept: tuple[Place, ...]
@@ -49,6 +50,7 @@ class Plan:
     values: list[Value]
     shared: Shared
     stand_ins: frozenset[int]
+    late: frozenset[str]
 
 
 def plan(site: Site, example: Example, shorter: Example | None = None, *, keep_asked: bool = False) -> Plan:
@@ -110,6 +112,7 @@ def _plan(site: Site, example: Example, opened: frozenset[str], shorter: Example
         values=two.values,
         shared=Shared(two.values[number] for call in closed.values() for number in call.shared),
         stand_ins=_glanced_inputs(two, site.name) | _glanced_inputs(one_mode, site.name),
+        late=frozenset(n for n in two.buffers.keys() | one_mode.buffers.keys() if one_mode.buffers.get(n, True)),
     )
 
 

@@ -23,18 +23,13 @@ from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
-from cachefreeze.splitting.contents import SIZES, Contents, contents_read
+from cachefreeze.splitting.contents import READS, SIZES, Contents, contents_read
 from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.tensors import Known, Tensors
 from cachefreeze.splitting.values import ClosedCall, Place, Recording
 from cachefreeze.tracing import METADATA, Call, Example, Usage
 
-# What makes a Python value of a tensor's contents: control flow may follow from a whole batch.
-_READS = frozenset({
-    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__",
-    "__contains__", "equal", "allclose", "is_nonzero",
-})  # fmt: skip
 # Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
 _REDRAWS = 1000
 
@@ -137,6 +132,7 @@ class _Recorder(TorchFunctionMode):
             number = counts[call.name] = counts.get(call.name, -1) + 1
             self._calls[call.name, number] = call
         self._used = frozenset(counts)
+        self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
         self._pending = {key for key, call in self._calls.items() if rules.closes(call)}
         self._seen: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
@@ -346,6 +342,9 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = operation(func)
+        for leaf in given:
+            if id(leaf) in self._buffers:
+                self.recording.buffers.setdefault(self._buffers[id(leaf)], self._ended)
         versions = [_version(leaf) for leaf in given]
         watched = self._checking and self._closed is None
         if watched and name not in METADATA and any(id(leaf) in self._rules.trainable for leaf in given):
@@ -405,7 +404,7 @@ class _Recorder(TorchFunctionMode):
         """Whether an op asks masks alone for a truth value; anything else is not to be read into Python."""
         # ``if mask.all()`` only skips work that would change nothing; everything else may couple samples
         asks_truth = of_masks and (name == "__bool__" or (name == "item" and depend[0].dtype == torch.bool))
-        if name in _READS and depend:
+        if name in READS and depend:
             self._decided = True
             self.recording.branches |= self._ended
             if self._checking and not asks_truth:
@@ -422,7 +421,7 @@ class _Recorder(TorchFunctionMode):
             fresh = [leaf if source is None else source() for leaf, source in zip(args, sources, strict=True)]
             return func(*fresh, **kwargs)
 
-        if name in _READS:
+        if name in READS:
             with torch._C.DisableTorchFunction():
                 outcomes = {repr(again()) for _ in range(_REDRAWS)}
             if len(outcomes) > 1:

@@ -135,7 +135,7 @@ class ReplayPrefix(Uncopied, nn.Module):
         model = site.model
         names = {name for name, _ in planned.closed.keys() | planned.constant}
         opened = [model.get_submodule(name) for name in site.open_before(names)]
-        self._register(site, names, opened)
+        self._register(site, names, opened, planned.late)
         # what the fingerprint sees of modules whose forward runs here in part
         seen = [type(m).forward for m in opened], [attributes_of(m) for m in opened]
         self.recipe = (planned.kept, *map(digest, seen))
@@ -154,7 +154,7 @@ class ReplayPrefix(Uncopied, nn.Module):
             replica, notes, [("", module) for module in opened], [model.get_submodule(name) for name in site.before]
         )
 
-    def _register(self, site: Site, closed: set[str], opened: list[nn.Module]) -> None:
+    def _register(self, site: Site, closed: set[str], opened: list[nn.Module], late: frozenset[str]) -> None:
         """Modules, parameters and buffers that rows depend on: what a fingerprint looks at."""
         model = site.model
         outermost = [n for n in sorted(closed) if not any(n.startswith(f"{other}.") for other in closed if other != n)]
@@ -165,7 +165,7 @@ class ReplayPrefix(Uncopied, nn.Module):
                 self.register_parameter(name.replace(".", "_"), parameter)
         for name, buffer in model.named_buffers():
             owner = model.get_submodule(name.rpartition(".")[0])
-            if any(owner is module for module in opened):
+            if name not in late and any(owner is module for module in opened):
                 self.register_buffer(name.replace(".", "_"), buffer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:

@@ -89,6 +89,7 @@ class Recording:
         glanced: (when, numbers of values made of ids and masks alone that glue asked for a truth value): whatever the
             answer, the model does the same.
         operations: Names of what glue did before the last boundary.
+        buffers: Name of each buffer that an operation used -> whether all boundaries were reached by then.
         branches: Whether, from the boundary on, values or chance decide in Python what runs.
         settled: (when, number of values, number of operations) when the last closed call before it was done.
     """
@@ -102,6 +103,7 @@ class Recording:
     reads: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     glanced: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
+    buffers: dict[str, bool] = field(default_factory=dict)
     branches: bool = False
     settled: tuple[int, int, int] = (0, 0, 0)
 

@@ -103,7 +103,7 @@ def open_store(where: str | Store, wanted: Wanted) -> Store:
                 f"the store given for {wanted.name!r} holds {_shape(where.spec)}, needed are {_shape(wanted.spec)}"
             )
         return where
-    tier, _, place = where.partition(":")
+    tier, _, place = str(where).partition(":")
     if tier == "auto":
         room = _room_in_memory(wanted.spec.nbytes, wanted.device)
         parts = _parts(wanted.spec, room, place)
@@ -243,7 +243,14 @@ def _open_file(place: Path, wanted: Wanted) -> HDF5Store:
 
 def _older(folder: Path, wanted: Wanted) -> list[Path]:
     """Files of the same name and boundary, the newest first."""
-    return sorted(folder.glob(f"{wanted.file_stem}-????????????.h5"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return sorted(folder.glob(f"{wanted.file_stem}-????????????.h5"), key=_written, reverse=True)
+
+
+def _written(path: Path) -> float:
+    """When, in seconds since 1970; 0 where it is gone, since another process may remove it at any time."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _serves(path: Path, wanted: Wanted) -> bool:
@@ -303,7 +310,11 @@ def _explain_miss(older: Sequence[Path], wanted: Wanted) -> None:
 
 
 def _names_a_file(place: Path) -> bool:
-    return place.suffix == ".h5" or place.is_file()
+    if place.suffix == ".h5":
+        return True
+    with suppress(OSError):  # a name that is too long: making the folder says so
+        return place.is_file()
+    return False
 
 
 def _plain(text: str) -> str:

@@ -102,6 +102,16 @@ def moving_average_of_features(self: Any, x: Tensor) -> Any:
     return self.head(z - self.mean)
 
 
+@table("mid", mid=linear(), setup=lambda m: m.register_buffer("mean", torch.zeros(6)))
+def decaying_average_of_features(self: Any, x: Tensor) -> Any:
+    """The same, decayed by an operation of its own, which shows nothing at the first step: zeros stay zeros."""
+    y = self.stem(x)
+    z = self.mid(y)
+    if self.training:
+        self.mean.mul_(0.9).add_(0.1 * y.detach().mean(0))
+    return self.head(z - self.mean)
+
+
 @table("mid", mid=linear(), setup=lambda m: setattr(m, "seen", 0))
 def counted_in_an_attribute(self: Any, x: Tensor) -> Any:
     """A Python number counts the training steps; the loss is annealed by it."""
