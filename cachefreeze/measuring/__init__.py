@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,10 +37,12 @@ __all__ = [
     "measured_tier",
 ]
 
-# One forward, and one fetch, that are measured take about this long at most: a larger batch is measured by a part.
-_BATCH_SECONDS = 0.25
-# Of the samples that a run computes, those that may be spent on measuring it, so that measuring is never what is slow.
-_SHARE = 0.01
+# Seconds that forwards take at most, together; training steps take about thrice that, fetching a quarter.
+_SECONDS = 1.0
+# Of the samples that a run computes, those whose forwards may be spent on measuring it, so that measuring is never what
+# is slow.
+_SHARE = 0.04
+_TIMED = 3
 # A split records, cuts and verifies with forwards and backwards of a few samples: about this many of their forwards,
 # and, for following every call and for fingerprints, so many times what it takes to put the model's state back (21 cuts
 # of seven models: benchmarks/results/plan_accuracy.json). Only for the first decision; after a move its own time is
@@ -209,23 +212,26 @@ def measure(
     dataloader, view = loaders[0]
     device = model_device(model)
     samples = sum(seen.samples for _, seen in loaders)
-    limit = min(dataloader.batch_size or 64, len(view))
-    if epochs is not None:
-        limit = min(limit, max(_FEW, int(_SHARE * samples * epochs)))
+    whole = min(dataloader.batch_size or 64, len(view))
+    spent = math.inf if epochs is None else _SHARE * samples * epochs
     look = look_at(model, view, autocast_dtype) if look is None else look
     with preserved_random_state(), preserved_state(model), autocast(device, autocast_dtype):
-        few, fetch = _fetched(view, limit, look.fetch)
+        few, fetch = _fetched(view, int(min(whole, spent)), look.fetch)
         small = view.layout.example(few).to(device)
         count = small.batch
-        wanted = max(count, min(limit, int(_BATCH_SECONDS * _FEW / max(look.forward, 1e-9))))
-        example = small.take([i % count for i in range(wanted)])
         with eval_mode(model), torch.no_grad():
-            forward, entering = block_forwards(model, usage, names, example)
+            wanted, repeats = _affordable(look.forward, whole, spent)
+            if wanted < whole or repeats < _TIMED:  # the first forward of all takes longer than others
+                wanted, repeats = _affordable(_seconds_of_few(model, small), whole, spent)
+            example = small.take([i % count for i in range(wanted)])
+            forward, entering = block_forwards(model, usage, names, example, repeats)
         steps: list[float] = []
         if training is not None:
             target = _target(view, few, wanted, count, device)
-            steps = training_steps(model, usage, names, example, target, training.loss_fn, training.optimizer)
-            steps = [seconds * (dataloader.batch_size or wanted) / wanted for seconds in steps]
+            more = (dataloader.batch_size or wanted) / wanted
+            steps = training_steps(
+                model, usage, names, example, target, training.loss_fn, training.optimizer, repeats, more
+            )
     collate, beside = _kept_raw(view, _spread(len(view), count))
     beside += sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
     known = row_bytes or {}
@@ -240,7 +246,7 @@ def measure(
         collate=collate,
         row_bytes=tuple(size + beside for size in sizes),
         steps=tuple(steps),
-        speeds={tier: speed_of(tier, device, limit) for tier in tiers},
+        speeds={tier: speed_of(tier, device, whole) for tier in tiers},
         passing=tuple(_passing(model, usage, names, 2 * fetch)),
         setup=look.setup,
         fills=max(len(seen) // seen.samples for _, seen in loaders),
@@ -248,9 +254,28 @@ def measure(
     )
 
 
+def _affordable(few_seconds: float, whole: int, spent: float) -> tuple[int, int]:
+    """Samples of the batch that is measured, and how many times it is, after once that is not counted.
+
+    All of a batch, if only once, rather than a part of it more often: kernels are chosen by a batch's size (from 16
+    samples on others make 1x1 convolutions on one thread, in half of the time).
+    """
+    spent = min(spent, _SECONDS * _FEW / max(few_seconds, 1e-9))
+    wanted = max(min(whole, int(spent / 2)), _FEW)
+    return wanted, min(_TIMED, max(1, int(spent / wanted) - 1))
+
+
+def _seconds_of_few(model: nn.Module, small: Example) -> float:
+    some = small.take([i % small.batch for i in range(_FEW)])
+    began = time.perf_counter()
+    some.call(model)
+    wait(model_device(model))
+    return time.perf_counter() - began
+
+
 def _fetched(view: View, limit: int, each: float) -> tuple[Any, float]:
     """A raw batch of at most ``limit`` samples that take ``each`` seconds, and what a sample of it took."""
-    rows = _spread(len(view), max(_FEW, min(limit, int(_BATCH_SECONDS / max(each, 1e-9)))))
+    rows = _spread(len(view), max(_FEW, min(limit, int(_SECONDS / 4 / max(each, 1e-9)))))
     began = time.perf_counter()
     raw = view.fetch(rows)
     return raw, (time.perf_counter() - began) / len(rows)
