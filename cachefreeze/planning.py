@@ -263,7 +263,6 @@ def plan(
         row_bytes=sizes,
         autocast_dtype=autocast,
         training=Training(loss_fn=loss_fn, optimizer=optimizer),
-        epochs=epochs,
     )
     rows = [
         _predicted(at, block, measured, tiers.get(block.name), found[block.name][1])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.blocks import Block
-from cachefreeze.fingerprint import state_tensors, tensors_digest
+from cachefreeze.fingerprint import state_tensors
+from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import eval_mode, evaluating, preserved_random_state, preserved_state
 from cachefreeze.measuring.forwards import block_forwards, wait
 from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
@@ -24,6 +25,7 @@ from cachefreeze.running import autocast, model_device
 from cachefreeze.samples import View, fetch_samples
 from cachefreeze.splitting import blocks, blocks_padded
 from cachefreeze.tracing import Example, Usage
+from cachefreeze.weights import WeightWatch
 
 __all__ = [
     "FirstLook",
@@ -49,7 +51,6 @@ _TIMED = 3
 # known.
 _SPLIT_FORWARDS, _SPLIT_WALKS = 21, 55
 _FEW = 3
-_DIGESTED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +248,7 @@ def measure(
         row_bytes=tuple(size + beside for size in sizes),
         steps=tuple(steps),
         speeds={tier: speed_of(tier, device, whole) for tier in tiers},
-        passing=tuple(_passing(model, usage, names, 2 * fetch)),
+        passing=tuple(_passing(model, usage, names, view)),
         setup=look.setup,
         fills=max(len(seen) // seen.samples for _, seen in loaders),
         seconds=time.perf_counter() - began,
@@ -315,13 +316,19 @@ def _target(view: View, raw: Any, wanted: int, count: int, device: torch.device)
     return values[0][torch.arange(wanted) % count].to(device)
 
 
-def _passing(model: nn.Module, usage: Usage, names: Sequence[str], looking: float) -> list[float]:
-    """What every pass over rows begins with: a digest of the prefix's weights, and a look at two samples."""
-    block = [("block", torch.zeros(_DIGESTED_BYTES, dtype=torch.uint8))]
+def _passing(model: nn.Module, usage: Usage, names: Sequence[str], view: View) -> list[float]:
+    """What every pass over rows begins with: a digest of the weights before a boundary, and a look at two samples."""
+    looks = []
+    for sample in (0, len(view) // 2):
+        began = time.perf_counter()
+        with preserved_generators(view.dataset, view.collate_fn):
+            view.fetch([sample])
+        looks.append(time.perf_counter() - began)
     began = time.perf_counter()
-    tensors_digest(block)
-    a_byte = (time.perf_counter() - began) / _DIGESTED_BYTES
+    WeightWatch(model)
+    digesting = time.perf_counter() - began
     sizes = {name: tensor.nbytes for name, tensor in state_tensors(model)}
+    a_byte = digesting / max(1, sum(sizes.values()))
     starts = [usage.start(model, name) or 0 for name in names]
     before = [sum(sizes.get(name, 0) for name, used in usage.parameters.items() if used < start) for start in starts]
-    return [a_byte * nbytes + looking for nbytes in before]
+    return [a_byte * nbytes + 2 * min(looks) for nbytes in before]
