@@ -67,6 +67,7 @@ class Measurement:
         row_bytes: Of a row at each boundary, with the fields beside it; of the mean length, where that differs.
         steps: Seconds a batch of one training step from each block on; empty where it was not asked for.
         speeds: Of each tier.
+        making: Seconds a batch that making rows takes beside fetch and forward: states are kept and put back.
         passing: Seconds at the beginning of every pass over rows at each boundary: weights are digested.
         setup: Seconds to split and to verify.
         fills: Epochs until all rows of a boundary are there: one, or as many as a sample has variants.
@@ -82,6 +83,7 @@ class Measurement:
     row_bytes: tuple[int, ...]
     steps: tuple[float, ...]
     speeds: Mapping[str, Speed]
+    making: float
     passing: tuple[float, ...]
     setup: float
     fills: int
@@ -94,6 +96,7 @@ class Measurement:
     def costs(self, tier: str) -> Costs:
         """What a decision needs: seconds for all samples once, with rows in one of the measured tiers."""
         speed = self.speeds[tier]
+        written = self.batches * (speed.write_batch + self.making)
         return Costs(
             forward=tuple(self.samples * seconds for seconds in self.forward),
             fetch=self.samples * self.fetch,
@@ -101,7 +104,7 @@ class Measurement:
                 beginning + self.batches * speed.read_batch + self.samples * (size * speed.read_byte + self.collate)
                 for size, beginning in zip(self.row_bytes, self.passing, strict=True)
             ),
-            write=tuple(self.batches * speed.write_batch + self.samples * n * speed.write_byte for n in self.row_bytes),
+            write=tuple(written + self.samples * n * speed.write_byte for n in self.row_bytes),
             setup=self.setup,
             fills=self.fills,
         )
@@ -248,6 +251,7 @@ def measure(
         row_bytes=tuple(size + beside for size in sizes),
         steps=tuple(steps),
         speeds={tier: speed_of(tier, device, whole) for tier in tiers},
+        making=_making(model, view, few),
         passing=tuple(_passing(model, usage, names, view)),
         setup=look.setup,
         fills=max(len(seen) // seen.samples for _, seen in loaders),
@@ -314,6 +318,19 @@ def _target(view: View, raw: Any, wanted: int, count: int, device: torch.device)
     if not values or not values[0].dim() or len(values[0]) != count:
         return None
     return values[0][torch.arange(wanted) % count].to(device)
+
+
+def _making(model: nn.Module, view: View, raw: Any) -> float:
+    """What is around the forward of a prefix where rows are made, of a model of its size."""
+    device, spent = model_device(model), []
+    for _ in range(_TIMED):
+        began = time.perf_counter()
+        with preserved_random_state():
+            example = view.layout.example(raw)
+        with eval_mode(model), autocast(device, None):
+            example.to(device)
+        spent.append(time.perf_counter() - began)
+    return min(spent)
 
 
 def _passing(model: nn.Module, usage: Usage, names: Sequence[str], view: View) -> list[float]:
