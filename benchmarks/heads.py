@@ -152,7 +152,7 @@ def main() -> int:
     result = {
         "schema": SCHEMA,
         "benchmark": "heads",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "config": {key: value for key, value in vars(args).items() if key != "out"},
         **made_on(before, args.device),
         "cases": cases,
     }

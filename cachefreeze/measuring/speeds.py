@@ -109,7 +109,8 @@ class _Stored:
     def __init__(self, store: Store, values: Mapping[str, Tensor], device: torch.device) -> None:
         self._store, self._values, self._device = store, values, device
         self._mode = NumericMode(None)
-        self._prefix = torch.zeros(_BETWEEN_BYTES // 4)
+        written = sum(value.nbytes for value in values.values())
+        self._prefix = torch.zeros(max(0, _BETWEEN_BYTES - written) // 4)
         self.between = 0.0
 
     @property
