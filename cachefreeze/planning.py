@@ -262,7 +262,6 @@ def plan(
         tiers=sorted({tier for tier in tiers.values() if tier is not None}),
         autocast_dtype=autocast,
         training=Training(loss_fn=loss_fn, optimizer=optimizer),
-        epochs=epochs,
     ).with_rows(sizes)
     rows = [
         _predicted(at, block, measured, tiers.get(block.name), found[block.name][1])

@@ -182,3 +182,61 @@ def test_refusals():
         engine.heads(2)
     with pytest.raises(UsageError, match="without a schedule"):
         cf.Engine(made("mlp", frozen=False), "host", schedule=cf.FreezeOut()).heads(2)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=1), nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.arange(1.0, CLASSES + 1)), nn.CrossEntropyLoss(reduction="sum"),
+        lambda output, y: functional.cross_entropy(output, functional.one_hot(y, CLASSES).float()),
+        lambda output, y: functional.cross_entropy(output[:, :, None], y[:, None]),
+        lambda output, y: functional.cross_entropy(output, output.argmax(1)),
+        lambda output, y: functional.cross_entropy(output.detach(), y) + output.square().mean(),
+    ],
+    ids=["plain", "ignoring", "smoothed", "weighted", "sum", "shares", "pixels", "own targets", "not trained"],
+)  # fmt: skip
+def test_a_loss_is_each_head_s_own(loss_fn):
+    """Cross entropies of all heads with one target are computed at once; every other one as vmap does it."""
+    _, heads, engine, batches, _ = together("mlp")
+    engine.model.eval()
+    x, y = next(iter(batches))
+    for i in range(len(heads)):
+        for parameter in heads.parameters(i):
+            parameter.grad = None
+    losses = heads.losses(loss_fn, x, y)
+    losses.sum().backward()
+    assert heads.how == "stacked"
+    for i in range(len(heads)):
+        heads.load(i)
+        engine.model.zero_grad()
+        alone = loss_fn(engine(x), y)
+        alone.backward()
+        assert torch.allclose(losses[i], alone, rtol=TOLERANCE, atol=TOLERANCE)
+        for name, parameter in heads.named_parameters(i).items():
+            wanted = engine.model.get_parameter(name).grad
+            assert torch.allclose(parameter.grad, wanted, rtol=TOLERANCE, atol=TOLERANCE), name
+
+
+def test_cross_entropies_of_all_heads_are_one(monkeypatch):
+    """Not decomposed by vmap: what is called once for all heads is the loss of a picture with a head at each pixel."""
+    shapes, loss = [], functional.cross_entropy
+    monkeypatch.setattr(
+        functional,
+        "cross_entropy",
+        lambda output, *args, **more: shapes.append(output.shape) or loss(output, *args, **more),
+    )
+    _, heads, _, batches, _ = together("mlp")
+    shapes.clear()
+    x, y = next(iter(batches))
+    heads.losses(functional.cross_entropy, x, y)
+    assert (BATCH, CLASSES, len(heads)) in shapes
+
+
+def test_a_loss_of_what_no_head_makes_has_its_gradient():
+    _, heads, _, batches, _ = together("mlp")
+    x, y = next(iter(batches))
+    shared, alone = (torch.ones(BATCH, CLASSES, requires_grad=True) for _ in range(2))
+    heads.losses(lambda output, y: functional.cross_entropy(shared, y) + 0 * output.sum(), x, y).sum().backward()
+    (len(heads) * functional.cross_entropy(alone, y)).backward()
+    assert torch.allclose(shared.grad, alone.grad)

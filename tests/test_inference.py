@@ -547,18 +547,19 @@ def test_out_of_memory_halves_the_portions_for_good(caplog):
 
 
 class Paced(nn.Module):
-    """Of more than four samples each takes some time, and the sum of a row may be made in another order."""
+    """Of more than four samples each takes some time and memory, and the sum of a row may be made in another order."""
 
-    now = 0.0
+    now, pages = 0.0, 0
 
-    def __init__(self, seconds, *, rounding=0.0):
+    def __init__(self, seconds, *, rounding=0.0, mapping=1_000_000):
         super().__init__()
-        self.seconds, self.rounding, self.sizes = seconds, rounding, []
+        self.seconds, self.rounding, self.mapping, self.sizes = seconds, rounding, mapping, []
 
     def forward(self, x):
         self.sizes.append(len(x))
         few = len(x) <= 4
         Paced.now += len(x) * (1 if few else self.seconds)
+        Paced.pages += len(x) * self.mapping
         return x * 2 + (0.0 if few else self.rounding)
 
 
@@ -569,12 +570,14 @@ class Paced(nn.Module):
         (Paced(2, rounding=1e-6), 48, [4], [16]),
         (Paced(1), 48, [4] * 2, [16]),
         (Paced(2), 47, [], [16]),
+        (Paced(2, mapping=1000), 48, [], [16]),
     ],
-    ids=["equal and sooner", "not equal", "not sooner", "too few rows"],
+    ids=["equal and sooner", "not equal", "not sooner", "too few rows", "little memory mapped"],
 )
 def test_exact_rows_are_made_a_few_at_a_time_where_they_are_the_same(model, ahead, trial, later, monkeypatch):
     """Each batch size is tried once, on real samples; what is then made is bit for bit what a whole batch gives."""
     monkeypatch.setattr("cachefreeze.portions.time", types.SimpleNamespace(perf_counter=lambda: Paced.now))
+    monkeypatch.setattr("cachefreeze.portions._pages_mapped", lambda: Paced.pages)
     portions, x = EqualPortions(), torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     for sizes in ([16, *trial], later, later):
         model.sizes.clear()

@@ -128,6 +128,47 @@ def test_a_step_from_each_block_on_is_its_forward_and_backward():
     assert 4 * found.forward[1] == pytest.approx(FORWARD[1], rel=0.5)
 
 
+class ByBatch(nn.Module):
+    """A layer of which whole batches take less time than parts of them: other kernels compute them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        time.sleep(0.1 if len(x) >= 16 else 0.02 * len(x))
+        return self.norm(x)
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_whole_batches_are_measured_where_a_run_can_afford_two():
+    """A run of 40 batches of 16 samples, of which a share of 1 in 25 would be a part of a batch thrice."""
+    model, loader = nn.Sequential(ByBatch(), nn.Linear(3, 2)), batches(samples=80, size=16)
+    view = View.of(loader, ["input"])
+    usage = record_usage(model, view.example())
+    for epochs, each in ((10, 0.1 / 16), (2, 0.02), (None, 0.1 / 16)):
+        found = measure(model, usage, ["0", "1"], [(loader, view)], tiers=[], epochs=epochs)
+        assert found.forward[0] == pytest.approx(each, rel=0.01)
+
+
+class Heavy(torch.optim.SGD):
+    """A step takes a while, however large the batch was."""
+
+    def step(self, closure=None):
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_of_a_part_of_a_batch_only_what_grows_with_it_is_scaled():
+    model, loader = nn.Sequential(Slow(0.5, 0.5), nn.Linear(3, 2)), batches(samples=64, size=64)
+    view = View.of(loader, ["input"])
+    usage = record_usage(model, view.example())
+    training = Training(optimizer=lambda parameters: Heavy(parameters, lr=0.1))
+    found = measure(model, usage, ["0", "1"], [(loader, view)], tiers=[], training=training)
+    assert found.steps[1] == pytest.approx(0.2, abs=0.01)
+    assert found.steps[0] == pytest.approx(64 / 3 * 1.0 + 0.2, rel=0.01), "three samples of 64 were measured"
+
+
 @pytest.mark.usefixtures("slept_time")
 def test_the_table_is_the_arithmetic_of_its_measurement():
     model, loader = slow_model(), batches(samples=40)

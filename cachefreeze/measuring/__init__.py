@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.blocks import Block
-from cachefreeze.fingerprint import state_tensors, tensors_digest
+from cachefreeze.fingerprint import state_tensors
+from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import eval_mode, evaluating, preserved_random_state, preserved_state
 from cachefreeze.measuring.forwards import block_forwards, first_call, wait
 from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
@@ -23,6 +25,7 @@ from cachefreeze.running import autocast, model_device
 from cachefreeze.samples import View, fetch_samples
 from cachefreeze.splitting import blocks, blocks_padded
 from cachefreeze.tracing import Example, Usage
+from cachefreeze.weights import WeightWatch
 
 __all__ = [
     "FirstLook",
@@ -36,17 +39,18 @@ __all__ = [
     "measured_tier",
 ]
 
-# One forward, and one fetch, that are measured take about this long at most: a larger batch is measured by a part.
-_BATCH_SECONDS = 0.25
-# Of the samples that a run computes, those that may be spent on measuring it, so that measuring is never what is slow.
-_SHARE = 0.01
+# Seconds that forwards take at most, together; training steps take about thrice that, fetching a quarter.
+_SECONDS = 1.0
+# Of the samples that a run computes, those whose forwards may be spent on measuring it, so that measuring is never what
+# is slow.
+_SHARE = 0.04
+_TIMED = 3
 # A split records, cuts and verifies with forwards and backwards of a few samples: about this many of their forwards,
 # and, for following every call and for fingerprints, so many times what it takes to put the model's state back (21 cuts
 # of seven models: benchmarks/results/plan_accuracy.json). Only for the first decision; after a move its own time is
 # known.
 _SPLIT_FORWARDS, _SPLIT_WALKS = 21, 55
 _FEW = 3
-_DIGESTED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,7 @@ class Measurement:
         beside: Those of the fields, which are part of it.
         steps: Seconds a batch of one training step from each block on; empty where it was not asked for.
         speeds: Of each tier.
+        making: Seconds a batch that making rows takes beside fetch and forward: states are kept and put back.
         passing: Seconds at the beginning of every pass over rows at each boundary: weights are digested.
         setup: Seconds to split and to verify.
         fills: Epochs until all rows of a boundary are there: one, or as many as a sample has variants.
@@ -80,6 +85,7 @@ class Measurement:
     beside: int
     steps: tuple[float, ...]
     speeds: Mapping[str, Speed]
+    making: float
     passing: tuple[float, ...]
     setup: float
     fills: int
@@ -99,6 +105,7 @@ class Measurement:
     def costs(self, tier: str) -> Costs:
         """What a decision needs: seconds for all samples once, with rows in one of the measured tiers."""
         speed = self.speeds[tier]
+        written = self.batches * (speed.write_batch + self.making)
         return Costs(
             forward=tuple(self.samples * seconds for seconds in self.forward),
             fetch=self.samples * self.fetch,
@@ -106,7 +113,7 @@ class Measurement:
                 beginning + self.batches * speed.read_batch + self.samples * (size * speed.read_byte + self.collate)
                 for size, beginning in zip(self.row_bytes, self.passing, strict=True)
             ),
-            write=tuple(self.batches * speed.write_batch + self.samples * n * speed.write_byte for n in self.row_bytes),
+            write=tuple(written + self.samples * n * speed.write_byte for n in self.row_bytes),
             setup=self.setup,
             fills=self.fills,
         )
@@ -235,23 +242,26 @@ def measure(
     dataloader, view = loaders[0]
     device = model_device(model)
     samples = sum(seen.samples for _, seen in loaders)
-    limit = min(dataloader.batch_size or 64, len(view))
-    if epochs is not None:
-        limit = min(limit, max(_FEW, int(_SHARE * samples * epochs)))
+    whole = min(dataloader.batch_size or 64, len(view))
+    spent = math.inf if epochs is None else _SHARE * samples * epochs
     look = look_at(model, view, autocast_dtype) if look is None else look
     with preserved_random_state(), preserved_state(model), autocast(device, autocast_dtype):
-        few, fetch = _fetched(view, limit, look.fetch)
+        few, fetch = _fetched(view, int(min(whole, spent)), look.fetch)
         small = view.layout.example(few).to(device)
         count = small.batch
-        wanted = max(count, min(limit, int(_BATCH_SECONDS * _FEW / max(look.forward, 1e-9))))
-        example = small.take([i % count for i in range(wanted)])
         with eval_mode(model), torch.no_grad():
-            forward, entering = block_forwards(model, usage, names, example)
+            wanted, repeats = _affordable(look.forward, whole, spent)
+            if wanted < whole or repeats < _TIMED:  # the first forward of all takes longer than others
+                wanted, repeats = _affordable(_seconds_of_few(model, small), whole, spent)
+            example = small.take([i % count for i in range(wanted)])
+            forward, entering = block_forwards(model, usage, names, example, repeats)
         steps: list[float] = []
         if training is not None:
             target = _target(view, few, wanted, count, device)
-            steps = training_steps(model, usage, names, example, target, training.loss_fn, training.optimizer)
-            steps = [seconds * (dataloader.batch_size or wanted) / wanted for seconds in steps]
+            more = (dataloader.batch_size or wanted) / wanted
+            steps = training_steps(
+                model, usage, names, example, target, training.loss_fn, training.optimizer, repeats, more
+            )
     collate, beside = _kept_raw(view, _spread(len(view), count))
     beside += sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
     per_sample = [seconds / wanted for seconds in forward]
@@ -265,17 +275,37 @@ def measure(
         row_bytes=tuple(entered + beside for entered in entering),
         beside=beside,
         steps=tuple(steps),
-        speeds={tier: speed_of(tier, device, limit) for tier in tiers},
-        passing=tuple(_passing(model, usage, names, 2 * fetch)),
+        speeds={tier: speed_of(tier, device, whole) for tier in tiers},
+        making=_making(model, view, few),
+        passing=tuple(_passing(model, usage, names, view)),
         setup=look.setup,
         fills=max(len(seen) // seen.samples for _, seen in loaders),
         seconds=time.perf_counter() - began,
     )
 
 
+def _affordable(few_seconds: float, whole: int, spent: float) -> tuple[int, int]:
+    """Samples of the batch that is measured, and how many times it is, after once that is not counted.
+
+    All of a batch, if only once, rather than a part of it more often: kernels are chosen by a batch's size (from 16
+    samples on others make 1x1 convolutions on one thread, in half of the time).
+    """
+    spent = min(spent, _SECONDS * _FEW / max(few_seconds, 1e-9))
+    wanted = max(min(whole, int(spent / 2)), _FEW)
+    return wanted, min(_TIMED, max(1, int(spent / wanted) - 1))
+
+
+def _seconds_of_few(model: nn.Module, small: Example) -> float:
+    some = small.take([i % small.batch for i in range(_FEW)])
+    began = time.perf_counter()
+    some.call(model)
+    wait(model_device(model))
+    return time.perf_counter() - began
+
+
 def _fetched(view: View, limit: int, each: float) -> tuple[Any, float]:
     """A raw batch of at most ``limit`` samples that take ``each`` seconds, and what a sample of it took."""
-    rows = _spread(len(view), max(_FEW, min(limit, int(_BATCH_SECONDS / max(each, 1e-9)))))
+    rows = _spread(len(view), max(_FEW, min(limit, int(_SECONDS / 4 / max(each, 1e-9)))))
     began = time.perf_counter()
     raw = view.fetch(rows)
     return raw, (time.perf_counter() - began) / len(rows)
@@ -315,13 +345,32 @@ def _target(view: View, raw: Any, wanted: int, count: int, device: torch.device)
     return values[0][torch.arange(wanted) % count].to(device)
 
 
-def _passing(model: nn.Module, usage: Usage, names: Sequence[str], looking: float) -> list[float]:
-    """What every pass over rows begins with: a digest of the prefix's weights, and a look at two samples."""
-    block = [("block", torch.zeros(_DIGESTED_BYTES, dtype=torch.uint8))]
+def _making(model: nn.Module, view: View, raw: Any) -> float:
+    """What is around the forward of a prefix where rows are made, of a model of its size."""
+    device, spent = model_device(model), []
+    for _ in range(_TIMED):
+        began = time.perf_counter()
+        with preserved_random_state():
+            example = view.layout.example(raw)
+        with eval_mode(model), autocast(device, None):
+            example.to(device)
+        spent.append(time.perf_counter() - began)
+    return min(spent)
+
+
+def _passing(model: nn.Module, usage: Usage, names: Sequence[str], view: View) -> list[float]:
+    """What every pass over rows begins with: a digest of the weights before a boundary, and a look at two samples."""
+    looks = []
+    for sample in (0, len(view) // 2):
+        began = time.perf_counter()
+        with preserved_generators(view.dataset, view.collate_fn):
+            view.fetch([sample])
+        looks.append(time.perf_counter() - began)
     began = time.perf_counter()
-    tensors_digest(block)
-    a_byte = (time.perf_counter() - began) / _DIGESTED_BYTES
+    WeightWatch(model)
+    digesting = time.perf_counter() - began
     sizes = {name: tensor.nbytes for name, tensor in state_tensors(model)}
+    a_byte = digesting / max(1, sum(sizes.values()))
     starts = [usage.start(model, name) or 0 for name in names]
     before = [sum(sizes.get(name, 0) for name, used in usage.parameters.items() if used < start) for start in starts]
-    return [a_byte * nbytes + looking for nbytes in before]
+    return [a_byte * nbytes + 2 * min(looks) for nbytes in before]

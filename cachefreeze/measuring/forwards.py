@@ -15,17 +15,15 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze.tracing import Example, Usage
 
-# The fastest counts, as that which least else came between. The first of a shape is slower and is not counted.
-_REPEATS = 3
-
 
 def block_forwards(
-    model: nn.Module, usage: Usage, names: Sequence[str], example: Example
+    model: nn.Module, usage: Usage, names: Sequence[str], example: Example, repeats: int
 ) -> tuple[list[float], list[int]]:
     """Seconds of one forward that are spent in each block, and bytes a sample that enter its first call.
 
     A block's time is from its first call to the next one's: what comes before the first block is its own, and a block
-    that is never called takes none.
+    that is never called takes none. Of ``repeats`` the fastest counts, as that which least else came between; the first
+    of a shape is slower and is no one of them.
     """
     marks: dict[str, float] = {}
     entered: dict[str, int] = {}
@@ -45,7 +43,7 @@ def block_forwards(
     ]
     spent: list[list[float]] = []
     try:
-        for _ in range(1 + _REPEATS):
+        for _ in range(1 + repeats):
             marks.clear()
             given = example.fresh()
             wait(device)

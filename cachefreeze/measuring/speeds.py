@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ _PASSES = 3
 # Of a batch of large rows: more than a cache of the processor holds of all batches, and milliseconds to write.
 _LARGE_BYTES = 1 << 22
 _SMALL_BYTES = 1 << 8
+# What a prefix puts through the caches of a processor before its rows are written: more than a core has of its own.
+_BETWEEN_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Speed:
     Attributes:
         read_batch: Of a batch, however small its rows.
         read_byte: Of a byte of rows that are read in any order.
-        write_batch: Likewise of writing.
+        write_batch: Likewise of writing, with all else that the loader does for a batch that is not there yet.
         write_byte: With its share of making the store and of the commit.
     """
 
@@ -58,7 +61,7 @@ def measured_tier(store: str, nbytes: int, device: torch.device) -> str:
 
 @cache  # of the machine, not of a model: once a process is enough
 def speed_of(tier: str, device: torch.device, batch: int) -> Speed:
-    """Write a few batches to a small store of a tier and read them in another order.
+    """Fill a small store of a tier through the loader, a few batches, and read them.
 
     Args:
         tier: ``device``, ``host`` or ``hdf5:DIR``; the folder is written to.
@@ -94,14 +97,26 @@ def _speed(make: Callable[[StoreSpec], Store], device: torch.device, batch: int)
 
 
 class _Stored:
-    """A store that is full, as the loader reads it; nothing in it is ever absent."""
+    """A store as the loader fills and reads it, with the same rows for every batch.
 
-    def __init__(self, store: Store, device: torch.device) -> None:
-        self._store, self._device = store, device
-        self._mode = NumericMode(None)
+    Attributes:
+        between: Seconds since the last batch that stand for the prefix, and are not the store's.
+    """
 
-    settled = True  # after a fill the loader asks no more which rows are absent
+    dataset: Any = None
     on_disk = False
+
+    def __init__(self, store: Store, values: Mapping[str, Tensor], device: torch.device) -> None:
+        self._store, self._values, self._device = store, values, device
+        self._mode = NumericMode(None)
+        written = sum(value.nbytes for value in values.values())
+        self._prefix = torch.zeros(max(0, _BETWEEN_BYTES - written) // 4)
+        self.between = 0.0
+
+    @property
+    def settled(self) -> bool:
+        """After a fill the loader asks no more which rows are absent."""
+        return self._store.full
 
     def check(self) -> None:
         """Nothing changes here."""
@@ -109,6 +124,23 @@ class _Stored:
     def in_turn(self, batches: Iterator[Sequence[int]], epoch: int) -> Iterator[Sequence[int]]:
         """Rows stand for samples of the same index."""
         return batches
+
+    def absent(self, rows: Sequence[int]) -> list[int]:
+        """All or none of a batch."""
+        return [] if bool(self._store.present(index_of(rows)).all()) else list(rows)
+
+    def fetch(self, rows: Sequence[int]) -> Any:
+        """What is fetched is measured elsewhere."""
+
+    def compute(self, rows: Sequence[int], raw: Any) -> Computed:
+        """Write a batch after what a prefix leaves: nothing that writing needs is at hand."""
+        began = time.perf_counter()
+        self._prefix.add_(1)
+        self.between = time.perf_counter() - began
+        index = index_of(rows)
+        self._store.claim(index)
+        self._store.write(index, self._values)
+        return Computed(tuple(rows), dict(self._values))
 
     def expect(self, samples: Sequence[int], epoch: int) -> None:
         """Of the order here nobody knows more than the next batch."""
@@ -142,20 +174,19 @@ def _timed(make: Callable[[StoreSpec], Store], device: torch.device, batch: int,
     store = make(StoreSpec(rows=rows, fields=fields))
     made = time.perf_counter() - began
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
-    writes, reads = [], []
+    fills, reads = [], []
     try:
-        for index in torch.split(torch.arange(rows), batch):
-            began = time.perf_counter()
-            store.claim(index)
-            store.write(index, values)
-            wait(device)
-            writes.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        store.commit()
-        made += time.perf_counter() - began
+        source = _Stored(store, values, device)
         # a generator of its own: a pass draws from it as from the user's
         batches: DataLoader[Any] = DataLoader(range(rows), batch, sampler=order, generator=torch.Generator())  # type: ignore[arg-type]
-        loader = CachedLoader(batches, cast("RowSource", _Stored(store, device)))
+        loader = CachedLoader(batches, cast("RowSource", source))
+        began = time.perf_counter()
+        for _ in loader:
+            wait(device)
+            fills.append(time.perf_counter() - began - source.between)
+            began = time.perf_counter()
+        store.commit()
+        made += time.perf_counter() - began
         for _ in range(_PASSES):
             began = time.perf_counter()
             for _ in loader:
@@ -166,4 +197,5 @@ def _timed(make: Callable[[StoreSpec], Store], device: torch.device, batch: int,
         store.close()
     # a large store's making and commit grow with its bytes; a small one's are no part of any batch
     shared = made / _BATCHES if 4 * width * batch > _LARGE_BYTES // 2 else 0.0
-    return min(reads), min(writes) + shared
+    read = min(reads)
+    return read, max(0.0, statistics.median_low(fills) - read) + shared

@@ -37,33 +37,40 @@ def training_steps(
     target: Tensor | None,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     optimizer: Optimizers,
+    repeats: int,
+    more: float,
 ) -> list[float]:
-    """Seconds of one step from each block on: forward, loss, backward, optimizer.
+    """Seconds of one step from each block on, for ``more`` times the samples: forward, loss, backward, optimizer.
 
     Nothing is left behind: gradients are asked for and dropped, so that no ``.grad`` and no hook on one is touched.
     """
     device = next(model.parameters()).device
-    with preserved_random_state(), preserved_modes(model), preserved_state(model), _trainable(model):
-        model.train()
-        recorded = [_one(model, usage, names, example, target, loss_fn, device) for _ in range(1 + _REPEATS)]
-    passed = min(recorded[1:], key=max)  # the fastest, as that which least else came between
-    stepping = _optimizer_seconds(device, optimizer)
     starts = [usage.start(model, name) or 0 for name in names]
     used = [(event, model.get_parameter(name).numel()) for name, event in usage.parameters.items()]
     sizes = [[size for event, size in used if event >= start] for start in starts]
-    return [seconds + stepping(len(after), sum(after)) for seconds, after in zip(passed, sizes, strict=True)]
+    shares = [len(after) / len(used) for after in sizes]
+    with preserved_random_state(), preserved_modes(model), preserved_state(model), _trainable(model):
+        model.train()
+        recorded = [_one(model, usage, names, shares, example, target, loss_fn, device) for _ in range(1 + repeats)]
+    passed = min(recorded[1:], key=max)  # the fastest, as that which least else came between
+    stepping = _optimizer_seconds(device, optimizer)
+    return [more * seconds + stepping(len(after), sum(after)) for seconds, after in zip(passed, sizes, strict=True)]
 
 
 def _one(
     model: nn.Module,
     usage: Usage,
     names: Sequence[str],
+    shares: Sequence[float],
     example: Example,
     target: Tensor | None,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     device: torch.device,
 ) -> list[float]:
-    """Forward, loss and backward from each block on, of one instrumented pass over the whole model."""
+    """Forward, loss and backward from each block on, of one instrumented pass over the whole model.
+
+    A backward begins with a walk over all of its graph, of which a step from a block on has its share of the weights.
+    """
     marks = _Marks(device)
     handles = marks.follow(model, usage, names)
     given = example.fresh()
@@ -76,25 +83,28 @@ def _one(
     forwarded = marks.now()
     loss = _loss(output, target, loss_fn)
     wanted = [p for p in model.parameters() if p.requires_grad]
+    marks.watch(loss)
     lost = marks.now()
     torch.autograd.grad(loss, wanted, allow_unused=True)
     ended = marks.now()
     found, entered = [0.0] * len(names), forwarded
     passed = ended
-    for index, name in enumerate(names):
+    walked = marks.started - lost
+    for index, (name, share) in enumerate(zip(names, shares, strict=True)):
         # backwards runs from the last block to the first: a block that was not seen is passed when the one before is
         through = marks.inputs.get(name, passed)
         first = min(marks.first.get(name, through), through)
         begins = marks.entered.get(name, began if index == 0 else entered)
-        found[index] = (lost - begins) + (first - lost) + (through - first) / 2
+        found[index] = (first - begins) - walked * (1 - share) + (through - first) / 2
         passed, entered = through, begins
     return found
 
 
 class _Marks:
-    """When each block was entered, and when the backward reached its first layer and its input."""
+    """When each block was entered, when the backward began, and when it reached a block's first layer and its input."""
 
     def __init__(self, device: torch.device) -> None:
+        self.started = 0.0
         self.entered: dict[str, float] = {}
         self.first: dict[str, float] = {}
         self.inputs: dict[str, float] = {}
@@ -114,6 +124,14 @@ class _Marks:
             if layer is not None:
                 handles.append(layer.register_forward_hook(partial(self._layer, name)))
         return handles
+
+    def watch(self, loss: Tensor) -> None:
+        """The next backward begins at ``loss``."""
+
+        def note(gradient: Tensor) -> None:
+            self.started = self.now()
+
+        loss.register_hook(note)  # type: ignore[no-untyped-call]
 
     def _enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         if name not in self.entered:
