@@ -38,20 +38,20 @@ class Shared:
             SplitError: It has another shape than in the split, or is not the same for every sample.
         """
         spec = self._values[place].spec
-        one = made
-        if spec is not None:
-            parts = spec.unfold(made)
-            one = parts.narrow(spec.batch_dim, 0, 1)
-            if not torch.equal(one.expand_as(parts), parts):
-                raise SplitError(f"replay: what {place[1]!r} makes of its weights alone differs from sample to sample")
+        parts = made if spec is None else spec.unfold(made)
+        one = parts if spec is None else parts.narrow(spec.batch_dim, 0, 1)
         known = self._held.get(place)
         if known is not None and known.shape != one.shape:
             raise SplitError(
                 f"replay: {place[1]!r} made a tensor of shape {tuple(known.shape)} in the split, and now "
                 f"{tuple(one.shape)}; split anew for inputs of another size"
             )
-        if known is None or known.dtype != one.dtype or known.device != one.device or not torch.equal(known, one):
-            self._held[place] = one.clone()
+        if known is not None and known.dtype == one.dtype and known.device == one.device:
+            known.copy_(one)  # of the weights that made these rows; no comparison, which would wait for the device
+            return
+        if not torch.equal(one.expand_as(parts), parts):
+            raise SplitError(f"replay: what {place[1]!r} makes of its weights alone differs from sample to sample")
+        self._held[place] = one.clone()
 
     def give(self, place: Place, batch: int, device: torch.device) -> Tensor:
         """A tensor of its own for as many samples, which a suffix may write into."""
