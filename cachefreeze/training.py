@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cachefreeze import checkpoints
 from cachefreeze.engine import Engine
 from cachefreeze.errors import CheckpointError, UsageError
-from cachefreeze.loader import CachedLoader, PassingLoader, StagedLoader
+from cachefreeze.loader import CachedLoader, LoaderProxy, PassingLoader, StagedLoader
 from cachefreeze.reporting import EpochReport, Report, versions
 from cachefreeze.row_source import Rows
 from cachefreeze.running import model_device
@@ -108,9 +108,16 @@ class Trainer:
 
         Raises:
             CheckpointError: The state in ``out`` is of another run, or nothing says where to look for it.
+            UsageError: A loader comes from no engine.
         """
         if epochs < 0:
             raise UsageError(f"epochs={epochs}: expected 0 or more")
+        for name, loader in (("train", train), ("val", val)):
+            if loader is not None and not isinstance(loader, LoaderProxy):
+                raise UsageError(
+                    f"{name}= is a {type(loader).__name__}, expected a loader of the engine, which knows where its "
+                    f"batches come from: fit(…, {name}=engine.loader(…))"
+                )
         started = time.perf_counter()
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)

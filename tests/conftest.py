@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def slept_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def slept_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time passes in sleeps, and a microsecond at every look: what is measured is not what else the machine does."""
+    from cachefreeze.measuring.speeds import speed_of
+
+    speed_of.cache_clear()  # known once a process: of real time before, and of this one behind
     now = 0.0
 
     def sleep(seconds: float) -> None:
@@ -40,6 +44,8 @@ def slept_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "perf_counter", look)
+    yield
+    speed_of.cache_clear()
 
 
 @pytest.fixture(scope="session")

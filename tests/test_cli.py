@@ -228,7 +228,7 @@ def test_kill_in_the_middle_of_a_fill(tmp_path):
     assert whole.returncode == 0
     killed = start("killed")
     cache = tmp_path / "killed" / "cache"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200  # to import, on a machine that does much else
     while time.monotonic() < deadline and killed.poll() is None:
         found = list(cache.glob("train-*.h5")) if cache.is_dir() else []
         if found and rows_in(found[0]) >= 16:

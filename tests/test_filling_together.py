@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,13 +142,15 @@ def test_training_goes_on_beside_a_filler_that_is_stuck(tmp_path):
 def test_patience_lasts_while_rows_come(tmp_path, monkeypatch):
     """The clock begins anew with every row; stores in memory have no others to name."""
     engine, loader = make_engine("host")
+    now = [0.0]
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None))
     patience = waiting.Waiting(loader.rows.store)
-    monkeypatch.setattr(waiting, "_PATIENCE_SECONDS", 0.12)
     for missing in range(9, 3, -1):
         patience.wait(range(missing))
-    patience.wait(range(4))
-    time.sleep(0.12)
-    with pytest.raises(StoreError, match=r"4 rows \(first: 0\) .* written none for 0 s\. Let it go on"):
+        now[0] += waiting._PATIENCE_SECONDS - 1
+        patience.wait(range(missing))
+    now[0] += 1
+    with pytest.raises(StoreError, match=r"4 rows \(first: 0\) .* written none for 600 s\. Let it go on"):
         patience.wait(range(4))
     engine.close()
 

@@ -229,6 +229,7 @@ def test_break_even_is_the_first_epoch_in_which_the_sum_is_no_more(first, cached
         assert expected == 1 or first + (expected - 2) * cached > (expected - 1) * frozen
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_advice_is_for_where_the_model_is_frozen():
     model = slow_model()
     cf.freeze(model, "2")
@@ -258,6 +259,7 @@ class Centres(nn.Module):
         return h - h.mean(dim=0)
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_a_boundary_that_cannot_be_cut_is_shown_with_the_reason():
     model = nn.Sequential(Slow(0.01, 0.0), Centres(), nn.Linear(3, 2))
     plan = cf.plan(model, batches(samples=40), epochs=1000)
@@ -271,6 +273,7 @@ def test_a_boundary_that_cannot_be_cut_is_shown_with_the_reason():
     assert f"({plan.at('2').reason})" in cf.plan(model, batches(samples=40), epochs=1000).advice
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_a_boundary_within_a_block_is_among_the_rows():
     model = nn.Sequential(Slow(0.01, 0.0), nn.TransformerEncoderLayer(4, 1, 8, batch_first=True), nn.Linear(4, 2))
     model[0].norm = nn.BatchNorm1d(4)
@@ -342,8 +345,13 @@ def test_the_tier_is_the_one_that_fits(monkeypatch, tmp_path):
 
 def test_speeds_are_of_the_store(tmp_path):
     """A byte and a batch cost something in every tier; to write a batch to a file is several system calls more."""
-    cpu = torch.device("cpu")
-    host, disk = speed_of("host", cpu, 16), speed_of(f"hdf5:{tmp_path}", cpu, 16)
+
+    def fastest(tier):
+        """Of several measurements, so that the machine may do something else meanwhile."""
+        found = [speed_of.__wrapped__(tier, torch.device("cpu"), 16) for _ in range(3)]
+        return min(found, key=lambda speed: speed.write_batch)
+
+    host, disk = fastest("host"), fastest(f"hdf5:{tmp_path}")
     assert host.read_byte > 0
     assert disk.write_byte > 0
     assert host.read_batch > 0
@@ -397,6 +405,7 @@ def frozen_model():
     return model
 
 
+@pytest.mark.usefixtures("slept_time")
 @pytest.mark.parametrize("known", [True, False])
 def test_a_short_run_is_frozen_without_a_cache(known, caplog):
     """Two epochs do not pay back sixty forwards: said before the split, or when the epochs begin."""
@@ -481,6 +490,7 @@ def test_three_samples_tell_nothing_of_others_that_are_longer(epochs):
         assert is_short(SumOfWords(), loader, None, None, epochs)[0] is short
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_a_long_run_is_cached_and_computes_the_same():
     """320 slow forwards are worth the sixty or so of a split, and those of a fill."""
 

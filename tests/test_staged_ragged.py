@@ -265,6 +265,7 @@ def test_collating_anew_is_part_of_what_a_cached_epoch_costs():
     assert found.costs("host").read[3] > 0.04 * 0.99
 
 
+@pytest.mark.usefixtures("slept_time")
 def test_moves_are_measured():
     """A run decides by itself; here nothing is worth a store, which costs more than what runs before it."""
     engine = cf.Engine(net(), "host", schedule=cf.AllButLast(1))

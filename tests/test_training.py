@@ -138,6 +138,17 @@ def test_resume_needs_a_folder():
         fit("host", 1, resume=True)
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_loader_of_no_engine_is_refused_before_an_epoch_runs(name):
+    engine, optimizer, train, val = make("host")
+    loaders = {"train": train, "val": val, name: DataLoader(train.dataset, 8)}
+    before = {key: value.clone() for key, value in engine.model.state_dict().items()}
+    with pytest.raises(UsageError, match=rf"{name}= is a DataLoader.*{name}=engine\.loader\("):
+        cf.Trainer(engine, functional.cross_entropy, optimizer).fit(**loaders, epochs=1)
+    torch.testing.assert_close(engine.model.state_dict(), before, rtol=0, atol=0)
+    engine.close()
+
+
 def test_what_a_run_leaves(tmp_path):
     """The whole model under its own keys, a state that loads without code, a report; nothing temporary."""
     _, state = fit("host", 2, tmp_path)

@@ -107,6 +107,19 @@ def wav2vec2() -> nn.Module:
     return transformers.Wav2Vec2ForSequenceClassification(config)
 
 
+def wav2vec2_ctc() -> nn.Module:
+    """Its forward checks the labels first."""
+    transformers = pytest.importorskip("transformers")
+    config = wav2vec2().config
+    config.ctc_loss_reduction = "mean"
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+def spoken() -> Samples:
+    letters = torch.randint(1, 30, (SAMPLES, 4), generator=torch.Generator().manual_seed(4))
+    return Samples(input_values=waves().fields["input_values"], labels=letters)
+
+
 def waves() -> Samples:
     generator = torch.Generator().manual_seed(2)
     return Samples(input_values=torch.randn(SAMPLES, 400, generator=generator), labels=classes())
@@ -186,6 +199,7 @@ CASES = {
     "bert_head": Case(bert, lambda: sentences(labels=classes()), "classifier", "replay", exact=False),
     "wav2vec2_encoder": Case(wav2vec2, waves, "wav2vec2.encoder", "replay"),
     "wav2vec2_last": Case(wav2vec2, waves, "wav2vec2.encoder.layers.1", "replay"),
+    "wav2vec2_ctc": Case(wav2vec2_ctc, spoken, "wav2vec2.encoder.layers.1", "replay"),
     "unet_middle": Case(UNet, photos, "middle", "fx"),
     "unet_up": Case(UNet, photos, "up2", "fx"),
     "densenet": Case(DenseNet, pictures, "network.features.denseblock2", "fx"),

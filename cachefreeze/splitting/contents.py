@@ -38,12 +38,11 @@ class Contents:
         self._masks = _Tensors()  # what comes from masks (zeros and ones) alone
         self._sized = _Tensors()  # what has a size that follows from what is in it
 
-    def take_input(self, leaf: Tensor) -> None:
-        """Know an input of the model: integers are ids, or a mask where all are zero or one."""
+    def take_input(self, leaf: Tensor, *, mask: bool) -> None:
+        """Know an input of the model: integers are ids, or a mask."""
         if not leaf.is_floating_point() and not leaf.is_complex():
             self._pure.add([leaf])
-            if bool(((leaf == 0) | (leaf == 1)).all()):
-                self._masks.add([leaf])
+            self._masks.add([leaf] if mask else [])
 
     def is_pure(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from ids and masks alone."""
@@ -79,6 +78,11 @@ class Contents:
             self._pure.add(results if pure else [])
             self._masks.add(results if masks else [])
         return masks
+
+
+def is_mask(leaf: Tensor) -> bool:
+    """Whether all is zero or one."""
+    return bool(((leaf == 0) | (leaf == 1)).all())
 
 
 class _Tensors:

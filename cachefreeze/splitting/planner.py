@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import networkx as nx
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import SplitError
 from cachefreeze.flops import count_flops
 from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
+from cachefreeze.splitting.contents import is_mask
 from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
-from cachefreeze.splitting.recording import OpenInstead, Rules, open_as_needed, record
+from cachefreeze.splitting.recording import OpenInstead, Rules, check_ids, open_as_needed, record
 from cachefreeze.splitting.shared import Shared
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import Example
@@ -138,6 +140,11 @@ def record_at(
         live=live,
         shares=shares,
         contrary=contrary,
+        ids=frozenset(
+            at
+            for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs)))
+            if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not is_mask(leaf)
+        ),
     )
     some = example.take([i % 2 for i in range(count)])
     with (
@@ -147,6 +154,7 @@ def record_at(
         torch.set_grad_enabled(train),
     ):
         recording = record(site.model, some, rules, opened)
+        check_ids(site.model, some, rules, opened, recording.checks)
     if not recording.boundaries:
         raise SplitError(
             f"replay: the forward of {type(site.model).__name__} never calls {site.name!r} through its modules (was "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from cachefreeze import trees
 from cachefreeze.errors import SplitError, first_line
 from cachefreeze.isolation import RandomState, operation
 from cachefreeze.listed import SampleLists, batching_module
-from cachefreeze.splitting.contents import READS, SIZES, Contents, contents_read
+from cachefreeze.splitting.contents import READS, SIZES, Contents, contents_read, is_mask
 from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
 from cachefreeze.splitting.tensors import Known, Tensors
@@ -80,6 +80,8 @@ class Rules:
         shares: Whether what closed calls make of weights and shapes alone is kept outside the rows.
         contrary: Give the opposite answer where glue asks ids and masks for a truth value: what the way that the
             example does not take would use.
+        doubted: Which check of ids to answer the other way, by its number; None: none.
+        ids: Positions of the inputs that are no masks, though those of a few samples may look like one.
     """
 
     usage: Usage
@@ -90,6 +92,8 @@ class Rules:
     strict: bool = True
     shares: bool = False
     contrary: bool = False
+    doubted: int | None = None
+    ids: frozenset[int] = frozenset()
 
 
 def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[str] = ()) -> Recording:
@@ -113,6 +117,30 @@ def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[st
         raise SplitError(f"replay: an operator of {kind} cannot be followed: {first_line(error)}") from error
     recorder.finish(trees.tensors(output))
     return recorder.recording
+
+
+def check_ids(model: nn.Module, example: Example, rules: Rules, opened: Iterable[str], checks: int) -> None:
+    """Refuse a forward that does anything with the other answer to a check of ids but raise an error of its own.
+
+    ``if labels.max() >= classes: raise ValueError`` decides nothing that a row depends on.
+
+    Args:
+        model: As recorded.
+        example: Likewise.
+        rules: Likewise.
+        opened: Likewise.
+        checks: How many there were.
+
+    Raises:
+        SplitError: It goes on.
+    """
+    for number in range(checks):
+        try:
+            record(model, example, replace(rules, doubted=number), opened)
+        except (SplitError, OpenInstead):
+            raise
+        except Exception:
+            continue
 
 
 class _Recorder(TorchFunctionMode):
@@ -146,6 +174,7 @@ class _Recorder(TorchFunctionMode):
         self._closed: str | None = None
         self._touched = False  # the closed call saw a value
         self._decided = False  # and read one into Python
+        self._doubting: str | None = None
         self._stack: list[tuple[str, RandomState]] = []
 
     @property
@@ -160,9 +189,10 @@ class _Recorder(TorchFunctionMode):
         for at, leaf in enumerate(pytree.tree_leaves((example.args, example.kwargs))):
             if isinstance(leaf, Tensor) and leaf not in self._tensors:
                 self._add(leaf, frozenset(), ("input", "", 0, at), opaque=True)
-                self._contents.take_input(leaf)
+                self._contents.take_input(leaf, mask=at not in self._rules.ids and is_mask(leaf))
 
     def finish(self, outputs: list[Tensor]) -> None:
+        self._refuse_doubt()
         self.recording.uses.append((self._tick(), self._value_numbers(outputs)))
         self.recording.branches |= any(source in ("numpy", "random") for source in self._start.moved())
 
@@ -339,6 +369,7 @@ class _Recorder(TorchFunctionMode):
     # --- operations ---
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._refuse_doubt()
         kwargs = kwargs or {}
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = operation(func)
@@ -361,6 +392,8 @@ class _Recorder(TorchFunctionMode):
         written = [leaf for leaf, version in zip(given, versions, strict=True) if _version(leaf) != version]
         of_masks = self._contents.follow(name, given, depend, [*made, *written])
         asks_truth = self._follow_read(name, depend, of_masks=of_masks)
+        if self._doubting is not None:
+            return not result
         if self._closed is not None:
             self._touched = self._touched or bool(depend)
             for leaf in made:
@@ -408,8 +441,16 @@ class _Recorder(TorchFunctionMode):
             self._decided = True
             self.recording.branches |= self._ended
             if self._checking and not asks_truth:
-                self._refuse_read(name)
+                self._take_check(name, depend)
         return asks_truth
+
+    def _take_check(self, name: str, depend: list[Tensor]) -> None:
+        """Ids that are asked for a truth value may only be checked: see :func:`check_ids`."""
+        if name != "__bool__" or not all(self._contents.is_pure(leaf) for leaf in depend):
+            self._refuse_read(name)
+        if self._rules.doubted == self.recording.checks:
+            self._doubting = name
+        self.recording.checks += 1
 
     def _follow_draw(self, name: str, func: Any, args: Any, kwargs: Any, made: list[Tensor], depend: list[Any]) -> None:
         """Random numbers that no input went into decide which layers run, where they are read into Python."""
@@ -452,6 +493,11 @@ class _Recorder(TorchFunctionMode):
             f"replay: {self._where} reads a value of the batch into Python ({name}) before {self._before}, so a row "
             "may depend on the other samples of its batch; train from an earlier block"
         )
+
+    def _refuse_doubt(self) -> None:
+        """With the other answer the forward goes on: it was no check."""
+        if self._doubting is not None:
+            self._refuse_read(self._doubting)
 
     def _refuse_draw(self, name: str, source: str, *, train: bool) -> None:
         kind = type(self._model.get_submodule(name)).__name__

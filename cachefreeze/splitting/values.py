@@ -88,6 +88,7 @@ class Recording:
         reads: (when, numbers of the values that were read into Python), by glue.
         glanced: (when, numbers of values made of ids and masks alone that glue asked for a truth value): whatever the
             answer, the model does the same.
+        checks: How often, before the last boundary, ids were asked for a truth value.
         operations: Names of what glue did before the last boundary.
         buffers: Name of each buffer that an operation used -> whether all boundaries were reached by then.
         branches: Whether, from the boundary on, values or chance decide in Python what runs.
@@ -102,6 +103,7 @@ class Recording:
     uses: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     reads: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     glanced: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    checks: int = 0
     operations: list[str] = field(default_factory=list)
     buffers: dict[str, bool] = field(default_factory=dict)
     branches: bool = False

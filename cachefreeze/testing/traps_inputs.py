@@ -112,6 +112,29 @@ def loss_inside(self: Any, x: Tensor, y: Tensor | None = None) -> Any:
     return (functional.cross_entropy(logits, y), logits) if y is not None else logits
 
 
+@table("mid", mid=linear(), inputs=lambda: {"x": vectors(), "y": torch.tensor([2, 1, 3, 0])})
+def labels_are_checked(self: Any, x: Tensor, y: Tensor) -> Any:
+    """Before anything runs, labels out of range are an error of the model's own, as in models of speech."""
+    if y.max() >= 6:
+        raise ValueError("labels beyond the classes")
+    logits = self.mid(self.stem(x))
+    return (functional.cross_entropy(logits, y), self.head(logits))
+
+
+@table("mid", mid=linear(), inputs=lambda: {"x": vectors(), "y": torch.tensor([0, 1, 3, 0])}, refused="reads a value")
+def labels_choose_the_way(self: Any, x: Tensor, y: Tensor) -> Any:
+    """A label of any sample changes all rows. Those of the first samples alone look like a mask."""
+    h = self.stem(x)
+    return self.head(self.mid(h * 2 if y.max() >= 6 else h)) + y[:, None]
+
+
+@table("mid", mid=linear(), inputs=lambda: {"x": vectors(), "y": torch.tensor([2, 1, 3, 0])}, refused="reads a value")
+def labels_choose_the_way_to_an_error(self: Any, x: Tensor, y: Tensor) -> Any:
+    """The other way fails on these inputs, but later: it was no check."""
+    h = self.stem(x)
+    return self.head(self.mid(h @ torch.ones(3, 6) if y.max() >= 6 else h)) + y[:, None]
+
+
 @table("mid", mid=linear())
 def detached_output(self: Any, x: Tensor) -> Any:
     """One output needs no gradient."""
