@@ -250,9 +250,11 @@ def measure(
         small = view.layout.example(few).to(device)
         count = small.batch
         with eval_mode(model), torch.no_grad():
-            wanted, repeats = _affordable(look.forward, whole, spent)
-            if wanted < whole or repeats < _TIMED:  # the first forward of all takes longer than others
-                wanted, repeats = _affordable(_seconds_of_few(model, small), whole, spent)
+            spent = min(spent, (1 + _TIMED) * whole)
+            few_seconds = look.forward
+            if spent * few_seconds > _SECONDS * _FEW:  # the first forward of all takes longer than others
+                few_seconds = _seconds_of_few(model, small)
+            wanted, repeats = _affordable(few_seconds, whole, spent)
             example = small.take([i % count for i in range(wanted)])
             forward, entering = block_forwards(model, usage, names, example, repeats)
         steps: list[float] = []
@@ -347,30 +349,25 @@ def _target(view: View, raw: Any, wanted: int, count: int, device: torch.device)
 
 def _making(model: nn.Module, view: View, raw: Any) -> float:
     """What is around the forward of a prefix where rows are made, of a model of its size."""
-    device, spent = model_device(model), []
-    for _ in range(_TIMED):
-        began = time.perf_counter()
-        with preserved_random_state():
-            example = view.layout.example(raw)
-        with eval_mode(model), autocast(device, None):
-            example.to(device)
-        spent.append(time.perf_counter() - began)
-    return min(spent)
+    device = model_device(model)
+    began = time.perf_counter()
+    with preserved_random_state():
+        example = view.layout.example(raw)
+    with eval_mode(model), autocast(device, None):
+        example.to(device)
+    return time.perf_counter() - began
 
 
 def _passing(model: nn.Module, usage: Usage, names: Sequence[str], view: View) -> list[float]:
     """What every pass over rows begins with: a digest of the weights before a boundary, and a look at two samples."""
-    looks = []
-    for sample in (0, len(view) // 2):
-        began = time.perf_counter()
-        with preserved_generators(view.dataset, view.collate_fn):
-            view.fetch([sample])
-        looks.append(time.perf_counter() - began)
     began = time.perf_counter()
+    with preserved_generators(view.dataset, view.collate_fn):
+        view.fetch([0])
+    looked = time.perf_counter()
     WeightWatch(model)
-    digesting = time.perf_counter() - began
+    digesting = time.perf_counter() - looked
     sizes = {name: tensor.nbytes for name, tensor in state_tensors(model)}
     a_byte = digesting / max(1, sum(sizes.values()))
     starts = [usage.start(model, name) or 0 for name in names]
     before = [sum(sizes.get(name, 0) for name, used in usage.parameters.items() if used < start) for start in starts]
-    return [a_byte * nbytes + 2 * min(looks) for nbytes in before]
+    return [a_byte * nbytes + 2 * (looked - began) for nbytes in before]
