@@ -28,6 +28,8 @@ from cachefreeze.testing.exact import rows_of
 from cachefreeze.testing.traps import sequences
 from cachefreeze.tracing import Example
 
+GLOBAL_RATE = 1.0
+
 
 class Block(nn.Module):
     """A residual block with a norm and dropout."""
@@ -216,6 +218,27 @@ class TestAfter:
         model.scale, model.config.power = 0.5, 2
         parts.follow()
         assert_follows(model, parts)
+
+    def test_a_global_and_an_attribute_of_the_class_are_followed(self, executor, monkeypatch):
+        """Between passes."""
+
+        class Annealed(Stack):
+            rate = 1.0
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * self.rate * GLOBAL_RATE
+
+        torch.manual_seed(0)
+        model = Annealed().train()
+        cf.freeze(model, "blocks.1", example_inputs=sequences())
+        parts = cf.split(model, sequences())
+        for change in (
+            lambda: setattr(Annealed, "rate", 2.0),
+            lambda: monkeypatch.setitem(globals(), "GLOBAL_RATE", 3.0),
+        ):
+            change()
+            parts.follow()
+            assert_follows(model, parts)
 
     def test_a_number_read_from_a_buffer_is_followed(self, executor):
         """At every step: a trace would keep the first one."""

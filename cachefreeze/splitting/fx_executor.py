@@ -206,8 +206,15 @@ def _values(modules: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str, Any]]:
 
 
 def _digest(modules: tuple[nn.Module, ...]) -> str:
-    """Of what a traced forward may have read from its modules beside weights and submodules."""
-    return digest([attributes_of(module) for module in modules])
+    """Of what a traced forward may have read from its modules beside weights and submodules, and from around them."""
+    return digest([(attributes_of(module), _plain_around(type(module))) for module in modules])
+
+
+def _plain_around(kind: type[nn.Module]) -> dict[str, Any]:
+    """Numbers, flags and words of a module's class, and of the globals, that its forward names."""
+    code, around = getattr(kind.forward, "__code__", None), getattr(kind.forward, "__globals__", {})
+    named = {name: getattr(kind, name, around.get(name)) for name in (code.co_names if code is not None else ())}
+    return {name: value for name, value in named.items() if isinstance(value, bool | int | float | str)}
 
 
 def _common_end(tracing: Tracing, train: fx.Graph, evaluate: fx.Graph) -> int:
