@@ -419,6 +419,7 @@ def test_a_short_run_is_frozen_without_a_cache(known, caplog):
     assert [move.after for move in engine.decisions] == ([None] if known else ["4", None])
 
 
+@pytest.mark.usefixtures("slept_time")
 @pytest.mark.parametrize(("epochs", "samples"), [(1, 0), (2, 3)])
 def test_a_short_run_is_declined_before_anything_is_probed(epochs, samples):
     """What a look costs is bounded by three samples and one forward of them; for one epoch there is no forward."""
@@ -476,6 +477,7 @@ def test_rows_spare_what_runs_before_something_trains():
         assert look(whole).frozen == pytest.approx(look(whole).forward, rel=0.01)
 
 
+@pytest.mark.usefixtures("slept_time")
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_three_samples_tell_nothing_of_others_that_are_longer(epochs):
     """Nor of a detector's lists: what ``auto`` says of a run is for samples of one shape."""
