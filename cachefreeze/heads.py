@@ -76,8 +76,8 @@ class Heads:
     """
 
     def __init__(self, engine: Router, count: int) -> None:
-        if count < 1:
-            raise UsageError(f"heads({count}): expected 1 or more")
+        if not isinstance(count, int) or count < 1:
+            raise UsageError(f"heads({count!r}): expected 1 or more")
         self.how: Literal["stacked", "loop"] | None = None
         self.reason: str | None = None
         self.count = count
@@ -136,6 +136,8 @@ class Heads:
     @torch.no_grad()
     def load(self, head: int) -> None:
         """Copy one head's weights and buffers into the model."""
+        if not 0 <= head < self.count:
+            raise UsageError(f"load({head}): expected a head, 0 to {self.count - 1}")
         for name, parameter in self._engine.model.named_parameters():
             if name in self._own:
                 parameter.copy_(self._own[name][head])

@@ -184,6 +184,19 @@ def test_an_image_folder(capfd, tmp_path):
     assert "classifier" in out
 
 
+def test_a_run_is_drawn(capfd, tmp_path, monkeypatch):
+    """Beside the report; without anything to draw with that is said before anything is trained."""
+    pytest.importorskip("matplotlib")
+    data, picture = make_folder(tmp_path / "data"), tmp_path / "made" / "run.png"
+    words = ("train", *small(data, "--epochs", 2, "--cache", "host", "--plot", picture))
+    assert run(capfd, *words)[::2] == (0, "")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = run(capfd, *words)
+    assert (status, out) == (2, "")
+    assert "matplotlib" in err
+
+
 def test_a_folder_in_which_single_images_change(capfd, tmp_path, caplog):
     """One that moved to another class is not computed again, an edited one alone is; the figures are a new cache's."""
     data, cache = make_folder(tmp_path / "data", count=12), tmp_path / "cache"
@@ -318,6 +331,7 @@ def misfit(tmp_path):
         (lambda t: ("train", "--cache", "hdf5", "--cache-dir", "/dev/null/below"), "/dev/null"),
         (lambda t: ("train", "--out", "/dev/null/below"), "/dev/null"),
         (lambda t: ("train", "--report", t), "folder"),
+        (lambda t: ("train", "--plot", t), "folder"),
         (lambda _: ("train", "--cache", "device", "--device", "cpu"), "--cache host"),
         (lambda _: ("train", "--cache", "host", "--cache-dir", "x"), "--cache-dir"),
         (lambda _: ("train", "--device", "tpu9"), "--device"),

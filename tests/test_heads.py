@@ -168,9 +168,13 @@ def test_rows_stay_for_every_head():
 
 def test_refusals():
     engine, _ = loaded(made("mlp"))
-    with pytest.raises(UsageError, match="1 or more"):
-        engine.heads(0)
+    for count in (0, 2.5):
+        with pytest.raises(UsageError, match="1 or more"):
+            engine.heads(count)
     heads = engine.heads(2)
+    for head in (2, -1):
+        with pytest.raises(UsageError, match="0 to 1"):
+            heads.load(head)
     engine.model.head.weight.requires_grad_(False)
     heads = engine.heads(2)
     engine.model.head.weight.requires_grad_(True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cachefreeze.cli.optional import demo_package
 from cachefreeze.errors import UsageError
+from cachefreeze.reporting import EpochReport, Report
 from cachefreeze.schedules import Timeline
 
 # Warm without a cache, cold with one, grey for what none can beat.
@@ -18,6 +19,8 @@ _COLOURS = {
     "host": "#1f77b4",
     "hdf5": "#17becf",
     "ceiling": "0.5",
+    "fill": "#9467bd",
+    "cached": "#1f77b4",
 }
 
 
@@ -67,6 +70,55 @@ def draw_timings(found: Mapping[str, Any], path: Path) -> None:
     _draw_epochs(epoch, rows)
     _draw_run(run, rows, config["epochs"])
     _save(figure, path)
+
+
+def draw_report(report: Report, path: Path) -> None:
+    """Draw a run: losses and accuracy over the epochs, and the seconds of each with where its rows came from.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure_module = demo_package("matplotlib.figure", "plot")
+    figure = figure_module.Figure(figsize=(10, 4.2), layout="constrained")
+    quality, seconds = figure.subplots(1, 2)
+    figure.suptitle(f"{report.model} on {report.data}: {report.total_seconds:.1f} s in all", fontsize=10)
+    _draw_quality(quality, report.epochs)
+    _draw_seconds(seconds, report.epochs)
+    _save(figure, path)
+
+
+def _draw_quality(axes: Any, epochs: Sequence[EpochReport]) -> None:
+    """Losses, and on an axis of its own the accuracy where there is one."""
+    numbers = [epoch.epoch for epoch in epochs]
+    axes.plot(numbers, [epoch.train_loss for epoch in epochs], ".-", color="0.4", label="training loss")
+    validated = [(epoch.epoch, epoch.val_loss) for epoch in epochs if epoch.val_loss is not None]
+    if validated:
+        axes.plot(*zip(*validated, strict=True), ".-", color="black", label="validation loss")
+    axes.set(xlabel="epoch", ylabel="loss", title="loss and accuracy")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    right = [(epoch.epoch, 100 * epoch.val_accuracy) for epoch in epochs if epoch.val_accuracy is not None]
+    if right:
+        beside = axes.twinx()
+        beside.plot(*zip(*right, strict=True), ".-", color=_COLOURS["device"], label="validation accuracy")
+        beside.set_ylabel("accuracy, %", color=_COLOURS["device"])
+        beside.set_ylim(0, 100)
+    axes.legend(fontsize=8, loc="center right")
+
+
+def _draw_seconds(axes: Any, epochs: Sequence[EpochReport]) -> None:
+    """A bar an epoch, of its training pass."""
+    for source in dict.fromkeys(epoch.source for epoch in epochs):
+        some = [epoch for epoch in epochs if epoch.source == source]
+        axes.bar(
+            [epoch.epoch for epoch in some],
+            [epoch.seconds for epoch in some],
+            color=_COLOURS[source],
+            label=f"{source} ({len(some)})",
+        )
+    axes.set(xlabel="epoch", ylabel="seconds of the training pass", title="where the rows of an epoch came from")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
 
 
 def _draw_epochs(axes: Any, rows: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cachefreeze._started import STARTED
-from cachefreeze.cli import job, schedules
+from cachefreeze.cli import job, plot, schedules
 from cachefreeze.reporting import Report, prefix_line, short_bytes, table_header, table_row
 from cachefreeze.training import Trainer
 
@@ -30,11 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=tuple(_OPTIMIZERS), default="adamw", help="default adamw")
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT, if there is one")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw losses, accuracy and seconds here")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, print a line per epoch, write checkpoints and the report."""
-    job.check_file("--report", args.report)
+    for option, path in (("--report", args.report), ("--plot", args.plot)):
+        job.check_file(option, path)
+    if args.plot is not None:
+        plot.check()  # before the minutes that training takes
     made = job.make_job(args)
     engine = made.engine
     try:
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     for path in (made.out / "report.json", args.report):
         if path is not None:
             report.write(path)
+    if args.plot is not None:
+        plot.draw_report(report, args.plot)
     _conclude(report, made.out)
     return 0
 
