@@ -61,7 +61,7 @@ def test_command_line_options():
         for verb, made in verbs.items()
     }
     assert options == {
-        "train": [*JOB[:7], *SCHEDULE, *JOB[7:], "--epochs", "--lr", "--optimizer", "--resume", "--report"],
+        "train": [*JOB[:7], *SCHEDULE, *JOB[7:], "--epochs", "--lr", "--optimizer", "--resume", "--report", "--plot"],
         "plan": [
             "--data",
             "--model",
