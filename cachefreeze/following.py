@@ -17,7 +17,7 @@ from cachefreeze.errors import LoaderError, SplitError, UsageError
 from cachefreeze.judging import is_evident
 from cachefreeze.loader import PassingLoader, StagedLoader
 from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import FirstLook, listed_blocks, look_at, measure, measured_tier
+from cachefreeze.measuring import FirstLook, listed_blocks, look_at, looked_at, measure, measured_tier
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.running import model_device
@@ -203,7 +203,8 @@ class Following:
         view, device = loaders[0][1], model_device(self._model)
         samples = sum(each.samples for _, each in loaders)
         if self._look is None:
-            self._look = look_at(self._model, view, self._autocast)
+            spent = looked_at(loaders[0][0], samples, len(upcoming))
+            self._look = look_at(self._model, view, self._autocast, spent)
         if not now and is_evident(self._look, samples, sum(map(bool, upcoming)), thawed=True):
             return None
         seen = measure(

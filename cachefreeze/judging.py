@@ -13,15 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.measuring import FirstLook, first_look, look_at, measure, measured_tier
+from cachefreeze.measuring import FirstLook, first_look, look_at, looked_at, measure, measured_tier
 from cachefreeze.moves import Costs, Move, worthwhile
 from cachefreeze.running import forward_arguments, model_device
-from cachefreeze.samples import View, example_of
-from cachefreeze.tracing import Example, Usage
+from cachefreeze.samples import View, alike_example_of
+from cachefreeze.tracing import Usage
 
 _LOG = logging.getLogger("cachefreeze")
 
-# Over what is predicted of three samples. A run that saves less than this has little to gain, and measuring takes as
+# Over what is predicted of a few samples. A run that saves less than this has little to gain, and measuring takes as
 # long as a part of it.
 _SETUP_AT_MOST = 2.2
 
@@ -69,7 +69,7 @@ def measure_boundary(
     ``look`` was taken already, where there is one.
 
     Returns:
-        The costs; None where three samples show that splitting takes longer than all that could be saved.
+        The costs; None where a few samples show that splitting takes longer than all that could be saved.
     """
     names, device = ("", boundary), model_device(model)
     samples = sum(view.samples for _, view in loaders)
@@ -89,19 +89,15 @@ def is_short(
     Probing, recording and measuring take as long as a short run does.
 
     Returns:
-        Whether it is, and a look at three samples where one was taken.
+        Whether it is, and a look at a few samples where one was taken.
     """
-    arguments = forward_arguments(model)
-
-    def fetch() -> Example:
-        return example_of(dataloader, arguments, inputs, alike=True)
-
     with suppress(Exception):  # what is wrong with the loader or the model is said by what needs them
+        example, fetch = alike_example_of(dataloader, forward_arguments(model), inputs)
         if epochs <= 1:
-            fetch()
             return True, None
-        look = first_look(model, fetch, autocast)
-        return is_evident(look, len(dataloader.dataset), epochs), look  # type: ignore[arg-type]
+        samples = len(dataloader.dataset)  # type: ignore[arg-type]
+        look = first_look(model, example, fetch, autocast, looked_at(dataloader, samples, epochs))
+        return is_evident(look, samples, epochs), look
     return False, None
 
 
@@ -109,7 +105,7 @@ def is_evident(look: FirstLook, samples: int, epochs: int, *, thawed: bool = Fal
     """Whether splitting may take longer than all that rows could save in some epochs: to measure more would not pay.
 
     Args:
-        look: At three samples.
+        look: At a few samples.
         samples: Of an epoch.
         epochs: With something frozen; rows are made in the first one.
         thawed: Whether what trains now may freeze in one of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -207,16 +208,25 @@ _DIGESTED = 8
 OF_ROWS = frozenset({"inputs", "labels", "rows"})
 
 
-def example_of(
-    dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs, *, alike: bool = False
-) -> Example:
+def example_of(dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs) -> Example:
     """A few samples as the model's inputs, of a loader that is not cached. Random states are as before afterwards.
 
     Args:
         dataloader: The user's loader.
         arguments: Names of the arguments of the model's forward.
         inputs: What the model consumes.
-        alike: Refuse samples of which one alone has another shape than beside the others.
+    """
+    dataset: Any = dataloader.dataset
+    with preserved_random_state(), preserved_generators(dataset, dataloader.collate_fn):
+        batch = collate_samples(dataset, dataloader.collate_fn, _first(dataset))
+    return BatchLayout(batch, inputs, arguments, stored=False).example(batch)
+
+
+def alike_example_of(dataloader: DataLoader[Any], arguments: Sequence[str], inputs: Inputs) -> tuple[Example, float]:
+    """:func:`example_of` with three samples, each of the same shape alone as beside the others.
+
+    Returns:
+        The samples, and seconds that a sample took to fetch.
 
     Raises:
         BatchDependentError: They are not alike.
@@ -224,14 +234,18 @@ def example_of(
     dataset: Any = dataloader.dataset
     collate: Any = dataloader.collate_fn
     with preserved_random_state(), preserved_generators(dataset, collate):
+        began = time.perf_counter()
         items = fetch_samples(dataset, _first(dataset))
-        single = [collated(collate, [item]) for item in copies_of(items)] if alike else []
+        fetched = time.perf_counter() - began
+        single = [collated(collate, [item]) for item in copies_of(items)]
+        began = time.perf_counter()
         batch = collated(collate, items)
+        fetched += time.perf_counter() - began
     layout = BatchLayout(batch, inputs, arguments, stored=False)
     example = layout.example(batch)
     if any(_shapes_of(layout.example(one)) != _shapes_of(example) for one in single):
         raise BatchDependentError("samples have different shapes, or are lists")
-    return example
+    return example, fetched / len(items)
 
 
 def _shapes_of(example: Example) -> tuple[Any, list[Any]]:

@@ -460,21 +460,25 @@ def test_rows_spare_what_runs_before_something_trains():
             return self.blocks(x) * self.scale
 
     def look(model):
-        return first_look(model, lambda: Example((torch.ones(3, 3),), {}))
+        return first_look(model, Example((torch.ones(3, 3),), {}), 0.0)
 
     model, scaled = slow_model(), Scaled()
     cf.freeze(model, "2")
     scaled.blocks.requires_grad_(False)
     before = traces(model)
     found = look(model)
-    assert found.frozen == pytest.approx(sum(FORWARD[:2]), rel=0.01)
+    assert found.frozen == pytest.approx(sum(FORWARD[:2]) / 3, rel=0.01)
+    assert found.each == pytest.approx(sum(FORWARD) / 3, rel=0.01)
     assert found.forward == pytest.approx(sum(FORWARD), rel=0.01)
+    larger = first_look(model, Example((torch.ones(3, 3),), {}), 0.0, spent=8)
+    assert larger.frozen == pytest.approx(sum(FORWARD[:2]) / 8, rel=0.01)
+    assert larger.setup == pytest.approx(found.setup, rel=0.01)
     assert found.most(6) < found.most(6, thawed=True)
     assert same(traces(model), before)
     for whole in (scaled, nn.Sequential(model, nn.Identity())):
         if whole is not scaled:
             whole[1].compile(backend="eager")
-        assert look(whole).frozen == pytest.approx(look(whole).forward, rel=0.01)
+        assert look(whole).frozen == pytest.approx(look(whole).each, rel=0.01)
 
 
 @pytest.mark.usefixtures("slept_time")

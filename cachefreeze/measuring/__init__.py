@@ -35,6 +35,7 @@ __all__ = [
     "first_look",
     "listed_blocks",
     "look_at",
+    "looked_at",
     "measure",
     "measured_tier",
 ]
@@ -51,6 +52,8 @@ _TIMED = 3
 # known.
 _SPLIT_FORWARDS, _SPLIT_WALKS = 21, 55
 _FEW = 3
+# Of a look: of the samples that a run computes, and seconds of one forward.
+_LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +138,18 @@ class Training:
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What three samples show, in a few milliseconds.
+    """What a few samples show, in a few milliseconds.
 
     Attributes:
-        forward: Seconds of their forward; in larger batches a sample takes less.
-        frozen: Seconds of it until something is called that trains: what rows would spare of it, or more.
+        forward: Seconds of the forward of three samples.
+        each: Seconds a sample of the forward of the most samples that were looked at.
+        frozen: Likewise until something is called that trains: what rows would spare of it, or more.
         walk: Seconds to note the model's state and to put it back.
         fetch: Seconds a sample.
     """
 
     forward: float
+    each: float
     frozen: float
     walk: float
     fetch: float
@@ -156,30 +161,49 @@ class FirstLook:
 
     def most(self, samples: int, *, thawed: bool = False) -> float:
         """Seconds that rows of ``samples`` samples can spare at most, also of what trains now if ``thawed``."""
-        return samples * ((self.forward if thawed else self.frozen) / _FEW + self.fetch)
+        return samples * ((self.each if thawed else self.frozen) + self.fetch)
 
 
-def first_look(model: nn.Module, fetch: Callable[[], Example], autocast_dtype: torch.dtype | None = None) -> FirstLook:
-    """Fetch and compute three samples, without a trace.
+def first_look(
+    model: nn.Module,
+    example: Example,
+    fetch: float,
+    autocast_dtype: torch.dtype | None = None,
+    spent: float = 0,
+) -> FirstLook:
+    """Compute three samples, without a trace, and then them again as a batch of more.
 
     Args:
         model: On its device.
-        fetch: Gives the samples.
+        example: Three samples.
+        fetch: Seconds that one of them took to fetch.
         autocast_dtype: Of the model.
+        spent: Samples that the batch may have.
     """
     device = model_device(model)
-    began = time.perf_counter()
-    example = fetch()
-    fetched = time.perf_counter()
     example = example.to(device).fresh()
     entering = time.perf_counter()
-    with evaluating(model), autocast(device, autocast_dtype), first_call(_trained_leaves(model), device) as called:
+    with evaluating(model), autocast(device, autocast_dtype):
         entered = time.perf_counter()
+        forward, until = _forward(model, example, device)
+        each, frozen = forward / _FEW, until / _FEW
+        count = int(min(spent, _LOOK_SECONDS / max(each, 1e-9)))
+        if count > _FEW:
+            whole, until = _forward(model, example.take([i % _FEW for i in range(count)]), device)
+            each, frozen = whole / count, until / count
+        leaving = time.perf_counter()
+    walk = time.perf_counter() - leaving + entered - entering
+    return FirstLook(forward, each, frozen, walk, fetch)
+
+
+def _forward(model: nn.Module, example: Example, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward, and of it until something is called that trains."""
+    with first_call(_trained_leaves(model), device) as called:
+        began = time.perf_counter()
         example.call(model)
         wait(device)
-        computed = time.perf_counter()
-    walk = time.perf_counter() - computed + entered - entering
-    return FirstLook(computed - entered, next(iter(called), computed) - entered, walk, (fetched - began) / _FEW)
+        ended = time.perf_counter()
+    return ended - began, next(iter(called), ended) - began
 
 
 def _trained_leaves(model: nn.Module) -> list[nn.Module]:
@@ -197,9 +221,17 @@ def _trained_leaves(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def look_at(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None) -> FirstLook:
+def look_at(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None, spent: float = 0) -> FirstLook:
     """:func:`first_look` at samples of a view, evenly spread."""
-    return first_look(model, lambda: view.layout.example(view.fetch(_spread(len(view), _FEW))), autocast_dtype)
+    began = time.perf_counter()
+    raw = view.fetch(_spread(len(view), _FEW))
+    fetch = (time.perf_counter() - began) / _FEW
+    return first_look(model, view.layout.example(raw), fetch, autocast_dtype, spent)
+
+
+def looked_at(dataloader: DataLoader[Any], samples: int, epochs: int) -> float:
+    """Samples whose forward a look may spend: a batch, and never a hundredth of the run's."""
+    return min(dataloader.batch_size or 64, _LOOK_SHARE * samples * epochs)
 
 
 def listed_blocks(model: nn.Module, view: View) -> list[Block]:
