@@ -15,7 +15,8 @@ from cachefreeze.isolation import evaluating, preserved_parameters
 from cachefreeze.listed import example_of
 from cachefreeze.padding import Padded
 from cachefreeze.splitting.planner import compare, minimum_cut
-from cachefreeze.splitting.recording import OpenInstead, Rules, open_as_needed, record
+from cachefreeze.splitting.recording import record
+from cachefreeze.splitting.rules import OpenInstead, Rules, open_as_needed
 from cachefreeze.splitting.values import Recording
 from cachefreeze.tracing import Call, Example, Usage, usage_of
 

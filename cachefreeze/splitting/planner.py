@@ -22,7 +22,8 @@ from cachefreeze.isolation import preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import BoundaryTensor, Site
 from cachefreeze.splitting.contents import is_mask
 from cachefreeze.splitting.lengths import fits_a_row, follow_lengths
-from cachefreeze.splitting.recording import OpenInstead, Rules, check_ids, open_as_needed, record
+from cachefreeze.splitting.recording import check_ids, record
+from cachefreeze.splitting.rules import OpenInstead, Rules, open_as_needed
 from cachefreeze.splitting.shared import Shared
 from cachefreeze.splitting.values import ClosedCall, Place, Recording, Value
 from cachefreeze.tracing import Example

@@ -8,10 +8,10 @@ parent) is glue as well: no row could stand for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,74 +26,13 @@ from cachefreeze.listed import SampleLists, batching_module
 from cachefreeze.splitting.contents import READS, SIZES, Contents, contents_read, is_mask
 from cachefreeze.splitting.memory import Memory, address_of
 from cachefreeze.splitting.replica import replicate
+from cachefreeze.splitting.rules import OpenInstead, Rules
 from cachefreeze.splitting.tensors import Known, Tensors
 from cachefreeze.splitting.values import ClosedCall, Place, Recording
-from cachefreeze.tracing import METADATA, Call, Example, Usage
+from cachefreeze.tracing import METADATA, Call, Example
 
 # Draws that decide whether a random branch is really random: one that is taken in 1 of 300 is missed in 1 of 28 runs.
 _REDRAWS = 1000
-
-
-class OpenInstead(Exception):  # noqa: N818 - not an error: the recording starts again
-    """A call cannot be closed; its children have to be."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name)
-        self.name = name
-        self.reason = reason
-
-
-_Found = TypeVar("_Found")
-
-
-def open_as_needed(attempt: Callable[[frozenset[str]], _Found], may_open: Callable[[str], bool]) -> _Found:
-    """What an attempt gives with as many modules opened as it asks for.
-
-    Args:
-        attempt: Names of the opened modules -> what is wanted.
-        may_open: Whether the module of a name may be opened.
-
-    Raises:
-        OpenInstead: Of a module that is open already, or may not be.
-    """
-    opened = frozenset[str]()
-    while True:
-        try:
-            return attempt(opened)
-        except OpenInstead as found:
-            if found.name in opened or not may_open(found.name):
-                raise
-            opened |= {found.name}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a recording takes for closed, and where its boundaries are.
-
-    Attributes:
-        usage: What a forward uses, in order.
-        closes: Whether a call is closed.
-        boundaries: Event -> name of the block that is first called then.
-        trainable: Ids of parameters whose use in glue is a boundary too: of the only block in ``boundaries``.
-        live: Calls by module name and number that are glue: chance decides in train mode what they are given.
-        strict: Refuse what makes rows depend on a batch or on chance; without, only look.
-        shares: Whether what closed calls make of weights and shapes alone is kept outside the rows.
-        contrary: Give the opposite answer where glue asks ids and masks for a truth value: what the way that the
-            example does not take would use.
-        doubted: Which check of ids to answer the other way, by its number; None: none.
-        ids: Positions of the inputs that are no masks, though those of a few samples may look like one.
-    """
-
-    usage: Usage
-    closes: Callable[[Call], bool]
-    boundaries: Mapping[int, str]
-    trainable: frozenset[int] = frozenset()
-    live: frozenset[tuple[str, int]] = frozenset()
-    strict: bool = True
-    shares: bool = False
-    contrary: bool = False
-    doubted: int | None = None
-    ids: frozenset[int] = frozenset()
 
 
 def record(model: nn.Module, example: Example, rules: Rules, opened: Iterable[str] = ()) -> Recording:
