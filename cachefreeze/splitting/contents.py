@@ -17,7 +17,7 @@ READS = frozenset({
     "__contains__", "equal", "allclose", "is_nonzero",
 })  # fmt: skip
 # What takes nothing but shape, type and device of its first tensor, and of all but its first.
-SHAPE_ONLY = frozenset({
+_SHAPE_ONLY = frozenset({
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 })  # fmt: skip
 _SHAPED_AS_OTHERS = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
@@ -25,7 +25,7 @@ _SHAPED_AS_OTHERS = frozenset({"type_as", "expand_as", "view_as", "reshape_as", 
 
 def contents_read(name: str, given: list[Tensor]) -> list[Tensor]:
     """Those of an operation's tensors of which it takes more than shape, type and device."""
-    if name in SHAPE_ONLY:
+    if name in _SHAPE_ONLY:
         return given[1:]
     return given[:1] if name in _SHAPED_AS_OTHERS else given
 
@@ -42,7 +42,8 @@ class Contents:
         """Know an input of the model: integers are ids, or a mask."""
         if not leaf.is_floating_point() and not leaf.is_complex():
             self._pure.add([leaf])
-            self._masks.add([leaf] if mask else [])
+            if mask:
+                self._masks.add([leaf])
 
     def is_pure(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from ids and masks alone."""
@@ -71,7 +72,7 @@ class Contents:
     def follow(self, name: str, given: list[Tensor], depend: list[Tensor], results: list[Tensor]) -> bool:
         """Know what an operation made or wrote; whether it saw masks alone."""
         pure, masks = (
-            bool(depend) and (name in SHAPE_ONLY or all(leaf in known for leaf in depend))
+            bool(depend) and (name in _SHAPE_ONLY or all(leaf in known for leaf in depend))
             for known in (self._pure, self._masks)
         )
         if not any(isinstance(leaf, nn.Parameter) for leaf in given):

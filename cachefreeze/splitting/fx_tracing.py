@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachefreeze.errors import SplitError, first_line
@@ -16,6 +15,7 @@ from cachefreeze.freezing import hooks_of
 from cachefreeze.isolation import operation, preserved_random_state, preserved_state
 from cachefreeze.splitting.boundary import Site
 from cachefreeze.splitting.contents import READS
+from cachefreeze.splitting.fx_recipe import tensor_leaves
 from cachefreeze.splitting.memory import address_of
 from cachefreeze.tracing import Example, Tracer, asks_metadata, attribute
 
@@ -41,21 +41,17 @@ class _Baked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = [(leaf, leaf._version, name) for leaf in _tensors((args, kwargs)) if (name := self._name(leaf))]
+        known = [(leaf, leaf._version, name) for leaf in tensor_leaves((args, kwargs)) if (name := self._name(leaf))]
         result = func(*args, **kwargs)
         name = operation(func)
         self.found += [owner for leaf, version, owner in known if name in READS or leaf._version != version]
-        for leaf in _tensors(result) if known else ():
+        for leaf in tensor_leaves(result) if known else ():
             self._made[leaf] = known[0][2]
         return result
 
     def _name(self, tensor: Tensor) -> str | None:
         """Of the model's tensor that a tensor shares its memory with, or was made of."""
         return self._names.get(address_of(tensor)) or self._made.get(tensor)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Tracing:
