@@ -17,7 +17,7 @@ from cachefreeze.errors import LoaderError, SplitError, UsageError
 from cachefreeze.judging import is_evident
 from cachefreeze.loader import PassingLoader, StagedLoader
 from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import FirstLook, listed_blocks, look_at, looked_at, measure, measured_tier
+from cachefreeze.measuring import FirstLook, listed_blocks, look_at, looked_at, measure
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.running import model_device
@@ -217,17 +217,13 @@ class Following:
             epochs=len(upcoming),
             look=self._look,
         )
-
-        def costs() -> Costs:
-            tier = measured_tier(self._store, max(seen.row_bytes) * samples, device)
-            return seen.with_speeds((tier,), device, loaders[0][0].batch_size or 64).costs(tier)
-
-        estimated = costs()
+        batch = loaders[0][0].batch_size or 64
+        estimated = seen.costs_in(self._store, device, batch)
         longer = replace(estimated, setup=2 * estimated.setup)
         if set(worthwhile(upcoming, longer, now)[0]) == {now}:
             return longer
-        seen = seen.with_rows({block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)})
-        return costs()
+        sizes = {block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)}
+        return seen.with_rows(sizes).costs_in(self._store, device, batch)
 
     def _move(self, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.measuring import FirstLook, first_look, look_at, looked_at, measure, measured_tier
+from cachefreeze.measuring import FirstLook, first_look, look_at, looked_at, measure
 from cachefreeze.moves import Costs, Move, worthwhile
 from cachefreeze.running import forward_arguments, model_device
 from cachefreeze.samples import View, alike_example_of
@@ -77,8 +77,7 @@ def measure_boundary(
     if epochs is not None and is_evident(look, samples, epochs):
         return None
     first = measure(model, usage, names, loaders, tiers=(), autocast_dtype=autocast, epochs=epochs, look=look)
-    tier = measured_tier(store, samples * first.row_bytes[1], device)
-    return first.with_speeds((tier,), device, loaders[0][0].batch_size or 64).costs(tier)
+    return first.costs_in(store, device, loaders[0][0].batch_size or 64)
 
 
 def is_short(

@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader
 from cachefreeze.blocks import Block
 from cachefreeze.fingerprint import state_tensors
 from cachefreeze.generators import preserved_generators
-from cachefreeze.isolation import eval_mode, evaluating, preserved_random_state, preserved_state
-from cachefreeze.measuring.forwards import block_forwards, first_call, wait
+from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
+from cachefreeze.measuring.forwards import block_forwards
+from cachefreeze.measuring.looks import FEW, FirstLook, first_look, look_at, looked_at, spread, timed_forward
 from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
 from cachefreeze.measuring.steps import Optimizers, training_steps
 from cachefreeze.moves import Costs
-from cachefreeze.ragged import evenly
 from cachefreeze.running import autocast, model_device
 from cachefreeze.samples import View, fetch_samples
 from cachefreeze.splitting import blocks, blocks_padded
-from cachefreeze.tracing import Example, Usage
+from cachefreeze.tracing import Usage
 from cachefreeze.weights import WeightWatch
 
 __all__ = [
@@ -46,14 +46,6 @@ _SECONDS = 1.0
 # is slow.
 _SHARE = 0.04
 _TIMED = 3
-# A split records, cuts and verifies with forwards and backwards of a few samples: about this many of their forwards,
-# and, for following every call and for fingerprints, so many times what it takes to put the model's state back (21 cuts
-# of seven models: benchmarks/results/plan_accuracy.json). Only for the first decision; after a move its own time is
-# known.
-_SPLIT_FORWARDS, _SPLIT_WALKS = 21, 55
-_FEW = 3
-# Of a look: of the samples that a run computes, and seconds of one forward.
-_LOOK_SHARE, _LOOK_SECONDS = 0.01, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +97,11 @@ class Measurement:
         ]
         return replace(self, row_bytes=tuple(size + self.beside for size in sizes))
 
+    def costs_in(self, store: str, device: torch.device, batch: int) -> Costs:
+        """What a decision needs, with rows in the tier of a store, in batches of ``batch``."""
+        tier = measured_tier(store, self.samples * max(self.row_bytes[1:]), device)
+        return self.with_speeds((tier,), device, batch).costs(tier)
+
     def costs(self, tier: str) -> Costs:
         """What a decision needs: seconds for all samples once, with rows in one of the measured tiers."""
         speed = self.speeds[tier]
@@ -134,104 +131,6 @@ class Training:
 
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     optimizer: Optimizers = torch.optim.AdamW
-
-
-@dataclass(frozen=True)
-class FirstLook:
-    """What a few samples show, in a few milliseconds.
-
-    Attributes:
-        forward: Seconds of the forward of three samples.
-        each: Seconds a sample of the forward of the most samples that were looked at.
-        frozen: Likewise until something is called that trains: what rows would spare of it, or more.
-        walk: Seconds to note the model's state and to put it back.
-        fetch: Seconds a sample.
-    """
-
-    forward: float
-    each: float
-    frozen: float
-    walk: float
-    fetch: float
-
-    @property
-    def setup(self) -> float:
-        """Seconds to split and to verify."""
-        return _SPLIT_FORWARDS * self.forward + _SPLIT_WALKS * self.walk
-
-    def most(self, samples: int, *, thawed: bool = False) -> float:
-        """Seconds that rows of ``samples`` samples can spare at most, also of what trains now if ``thawed``."""
-        return samples * ((self.each if thawed else self.frozen) + self.fetch)
-
-
-def first_look(
-    model: nn.Module,
-    example: Example,
-    fetch: float,
-    autocast_dtype: torch.dtype | None = None,
-    spent: float = 0,
-) -> FirstLook:
-    """Compute three samples, without a trace, and then them again as a batch of more.
-
-    Args:
-        model: On its device.
-        example: Three samples.
-        fetch: Seconds that one of them took to fetch.
-        autocast_dtype: Of the model.
-        spent: Samples that the batch may have.
-    """
-    device = model_device(model)
-    example = example.to(device).fresh()
-    entering = time.perf_counter()
-    with evaluating(model), autocast(device, autocast_dtype):
-        entered = time.perf_counter()
-        forward, until = _forward(model, example, device)
-        each, frozen = forward / _FEW, until / _FEW
-        count = int(min(spent, _LOOK_SECONDS / max(each, 1e-9)))
-        if count > _FEW:
-            whole, until = _forward(model, example.take([i % _FEW for i in range(count)]), device)
-            each, frozen = whole / count, until / count
-        leaving = time.perf_counter()
-    walk = time.perf_counter() - leaving + entered - entering
-    return FirstLook(forward, each, frozen, walk, fetch)
-
-
-def _forward(model: nn.Module, example: Example, device: torch.device) -> tuple[float, float]:
-    """Seconds of a forward, and of it until something is called that trains."""
-    with first_call(_trained_leaves(model), device) as called:
-        began = time.perf_counter()
-        example.call(model)
-        wait(device)
-        ended = time.perf_counter()
-    return ended - began, next(iter(called), ended) - began
-
-
-def _trained_leaves(model: nn.Module) -> list[nn.Module]:
-    """Modules that are called when a parameter of theirs that trains is used, and not before; none if compiled.
-
-    One with children may run them first, and what is compiled would be compiled once more with hooks.
-    """
-    modules = list(model.modules())
-    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules):
-        return []
-    return [
-        one
-        for one in modules
-        if not one._modules and any(p.requires_grad for p in one._parameters.values() if p is not None)
-    ]
-
-
-def look_at(model: nn.Module, view: View, autocast_dtype: torch.dtype | None = None, spent: float = 0) -> FirstLook:
-    """:func:`first_look` at samples of a view, evenly spread."""
-    began = time.perf_counter()
-    raw = view.fetch(_spread(len(view), _FEW))
-    fetch = (time.perf_counter() - began) / _FEW
-    return first_look(model, view.layout.example(raw), fetch, autocast_dtype, spent)
-
-
-def looked_at(dataloader: DataLoader[Any], samples: int, epochs: int) -> float:
-    """Samples whose forward a look may spend: a batch, and never a hundredth of the run's."""
-    return min(dataloader.batch_size or 64, _LOOK_SHARE * samples * epochs)
 
 
 def listed_blocks(model: nn.Module, view: View) -> list[Block]:
@@ -284,8 +183,8 @@ def measure(
         with eval_mode(model), torch.no_grad():
             spent = min(spent, (1 + _TIMED) * whole)
             few_seconds = look.forward
-            if spent * few_seconds > _SECONDS * _FEW:  # the first forward of all takes longer than others
-                few_seconds = _seconds_of_few(model, small)
+            if spent * few_seconds > _SECONDS * FEW:  # the first forward of all takes longer than others
+                few_seconds, _ = timed_forward(model, small.take([i % count for i in range(FEW)]), device)
             wanted, repeats = _affordable(few_seconds, whole, spent)
             example = small.take([i % count for i in range(wanted)])
             forward, entering = block_forwards(model, usage, names, example, repeats)
@@ -296,7 +195,7 @@ def measure(
             steps = training_steps(
                 model, usage, names, example, target, training.loss_fn, training.optimizer, repeats, more
             )
-    collate, beside = _kept_raw(view, _spread(len(view), count))
+    collate, beside = _kept_raw(view, spread(len(view), count))
     beside += sum(value[0].nbytes if value.dim() else value.nbytes for _, value in view.layout.fields)
     per_sample = [seconds / wanted for seconds in forward]
     return Measurement(
@@ -324,22 +223,14 @@ def _affordable(few_seconds: float, whole: int, spent: float) -> tuple[int, int]
     All of a batch, if only once, rather than a part of it more often: kernels are chosen by a batch's size (from 16
     samples on others make 1x1 convolutions on one thread, in half of the time).
     """
-    spent = min(spent, _SECONDS * _FEW / max(few_seconds, 1e-9))
-    wanted = max(min(whole, int(spent / 2)), _FEW)
+    spent = min(spent, _SECONDS * FEW / max(few_seconds, 1e-9))
+    wanted = max(min(whole, int(spent / 2)), FEW)
     return wanted, min(_TIMED, max(1, int(spent / wanted) - 1))
-
-
-def _seconds_of_few(model: nn.Module, small: Example) -> float:
-    some = small.take([i % small.batch for i in range(_FEW)])
-    began = time.perf_counter()
-    some.call(model)
-    wait(model_device(model))
-    return time.perf_counter() - began
 
 
 def _fetched(view: View, limit: int, each: float) -> tuple[Any, float]:
     """A raw batch of at most ``limit`` samples that take ``each`` seconds, and what a sample of it took."""
-    rows = _spread(len(view), max(_FEW, min(limit, int(_SECONDS / 4 / max(each, 1e-9)))))
+    rows = spread(len(view), max(FEW, min(limit, int(_SECONDS / 4 / max(each, 1e-9)))))
     began = time.perf_counter()
     raw = view.fetch(rows)
     return raw, (time.perf_counter() - began) / len(rows)
@@ -360,10 +251,6 @@ def _kept_raw(view: View, rows: list[int]) -> tuple[float, int]:
     began = time.perf_counter()
     collate(data)
     return (time.perf_counter() - began) / len(rows), round(float(sizes.double().mean()))
-
-
-def _spread(samples: int, count: int) -> list[int]:
-    return evenly(samples, count) if samples >= count else [i % samples for i in range(count)]
 
 
 def _exposed(fetch: float, workers: int, forward: float) -> float:
