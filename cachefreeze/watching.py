@@ -6,6 +6,7 @@ transform. Files are covered by the fingerprint when a store is opened; here it 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -17,13 +18,15 @@ from torch.utils.data import TensorDataset
 from cachefreeze.errors import StaleCacheError
 from cachefreeze.fingerprint import digest
 from cachefreeze.generators import generators_of, preserved_states
+from cachefreeze.isolation import preserved_random_state
 from cachefreeze.ragged import evenly
-from cachefreeze.samples import View, is_map_style
+from cachefreeze.samples import View, collate_samples, is_map_style
 
 # Attributes that list something for every sample.
 _LISTED = ("targets", "labels", "indices")
-# Samples whose content is known; a pass fetches two of them, and all where an attribute was bound anew.
-_KNOWN = 8
+# Samples whose content is known; a pass fetches two of them, or one that takes longer than this many seconds, and all
+# where an attribute was bound anew.
+_KNOWN, _LONG = 8, 5e-4
 # Of a list or dict as many are looked at whether they are datasets: joined ones are.
 _MAX_PARTS = 256
 # Lists of more bytes than this are digested at evenly spaced samples: about 5 ms.
@@ -35,7 +38,8 @@ class SampleWatch:
 
     Noticed: another number of samples; any change of what a dataset lists for every sample (``targets``, ``labels``,
     ``indices``, the tensors of a TensorDataset), in place or not; and whatever changes the content of the samples that
-    are fetched again. A change of a few other samples that binds nothing anew goes unnoticed.
+    are fetched again: the first one, and one in the middle unless that takes long. A change of a few other samples that
+    binds nothing anew goes unnoticed.
 
     Args:
         view: The samples.
@@ -48,7 +52,11 @@ class SampleWatch:
         self._lists = _listed(datasets)
         before = _bound(datasets)  # holds the objects: another one cannot take the address of one of them meanwhile
         known = evenly(self._count, _KNOWN)
-        self._content = {i: self._digests(batch) for i, batch in zip(known, self._fetch(known), strict=True)}
+        began = time.perf_counter()
+        fetched = self._fetch(known)
+        is_long = time.perf_counter() - began > _LONG * len(known)
+        self._content = {i: self._digests(batch) for i, batch in zip(known, fetched, strict=True)}
+        self._again = sorted({known[0], known[0 if is_long else len(known) // 2]})
         after = _bound(self._datasets())
         # a dataset that counts or keeps what it has loaded binds attributes with every access
         steady = [where for where in before if where in after and _key(before[where]) == _key(after[where])]
@@ -82,8 +90,7 @@ class SampleWatch:
                 return f"{where} is not what it was"
         now = _bound(datasets)
         bound = [where for where, key in self._steady.items() if where not in now or _key(now[where]) != key]
-        known = list(self._content)
-        again = known if bound else sorted({known[0], known[len(known) // 2]})
+        again = list(self._content) if bound else self._again
         for index, batch in zip(again, self._fetch(again), strict=True):
             inputs, whole = self._content[index]
             if digest(batch) != whole:  # which is of the inputs too
@@ -98,9 +105,10 @@ class SampleWatch:
             found for held in (self._view.dataset, self._view.collate_fn) for _, found in generators_of(held, "")
         ]
         batches = []
-        for index in samples:
-            with preserved_states(drawn_from):  # each as if it were the first
-                batches.append(self._view.fetch([index]))
+        with preserved_random_state():
+            for index in samples:
+                with preserved_states(drawn_from):  # each as if it were the first
+                    batches.append(collate_samples(self._view.dataset, self._view.collate_fn, [index]))
         return batches
 
     def _digests(self, batch: Any) -> tuple[str, str]:

@@ -29,26 +29,23 @@ class WeightWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._tensors = held(module)
-        self._places = [_place(tensor) for tensor in self._tensors]
-        self._views = [_view(tensor) for tensor in self._tensors]
+        self._places = _places(self._tensors)
+        here = [(tensor, _view(tensor)) for tensor in self._tensors if tensor.is_cpu]
+        self._dense = [view for _, view in here if view is not None]
+        self._gapped = [tensor for tensor, view in here if view is None]
+        self._elsewhere = [tensor for tensor in self._tensors if not tensor.is_cpu]
         self._sums = self._measure()
 
     def changed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether what is :func:`held` now are other tensors, lie elsewhere (perhaps with equal values), or changed."""
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             return True
-        return any(_place(t) != place for t, place in zip(tensors, self._places, strict=True)) or (
-            self._measure() != self._sums
-        )
+        return _places(tensors) != self._places or self._measure() != self._sums
 
     def _measure(self) -> list[int]:
-        found = [
-            xxhash.xxh3_64_intdigest(tensor_bytes(tensor) if view is None else view)
-            for tensor, view in zip(self._tensors, self._views, strict=True)
-            if tensor.device.type == "cpu"
-        ]
-        elsewhere = [position_sum(tensor) for tensor in self._tensors if tensor.device.type != "cpu"]
-        return found + (torch.stack(elsewhere).tolist() if elsewhere else [])
+        found = [xxhash.xxh3_64_intdigest(view) for view in self._dense]
+        found += [xxhash.xxh3_64_intdigest(tensor_bytes(tensor)) for tensor in self._gapped]
+        return found + (torch.stack([*map(position_sum, self._elsewhere)]).tolist() if self._elsewhere else [])
 
 
 def held(module: nn.Module) -> list[Tensor]:
@@ -88,14 +85,14 @@ def position_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor's values lie."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _places(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Where tensors' values lie."""
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
 def _view(tensor: Tensor) -> memoryview | None:
     """The memory of a dense tensor on the CPU in the order in which it lies; None where it has gaps."""
-    if tensor.device.type != "cpu" or not tensor.numel():
+    if not tensor.numel():
         return None
     detached = tensor.detach()
     order = sorted(range(detached.dim()), key=detached.stride, reverse=True)

@@ -108,7 +108,7 @@ class Prefix(nn.Module):
     def values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Every recorded value that crosses the boundary."""
         with torch.no_grad(), eval_mode(self.graph):
-            result: tuple[Any, ...] = self.graph(*args, **kwargs)
+            result: tuple[Any, ...] = self.graph.forward(*args, **kwargs)  # its own call prints what it raises
         return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -189,7 +189,7 @@ class Suffix(Uncopied, nn.Module):
 
     def forward(self, *rows: Tensor) -> Any:
         """Run the trainable part on a fresh batch of rows, which it may write into."""
-        return self.prepare()(*rows)
+        return self.prepare().forward(*rows)  # as in the prefix
 
 
 def _reach(module: nn.Module, path: str) -> Any:

@@ -313,7 +313,7 @@ class Store(ABC):
 
     def _checked(self, rows: Tensor) -> Tensor:
         self._require_open()
-        if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device.type != "cpu":
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_cpu:
             raise StoreError(
                 f"rows must be a 1-d int64 tensor on the CPU, got {rows.dim()}-d {rows.dtype} on {rows.device}"
             )
@@ -324,7 +324,7 @@ class Store(ABC):
 
 def beyond(rows: Tensor, count: int) -> bool:
     """Whether any of (n,) int64, at least one, is not in 0..count - 1: a negative one, unsigned, is larger than all."""
-    return bool(rows.numpy().view(np.uint64).max() >= count)
+    return int(rows.numpy().view(np.uint64).max()) >= count  # numpy compares with an int of Python's slowly
 
 
 def _check_fits(got: Tensor, field: FieldSpec, rows: Tensor) -> None:

@@ -99,16 +99,17 @@ class _TensorStore(Store):
         indices: dict[Lengths | None, Tensor] = {}  # fields that share their lengths share their index
         batch = {}
         for field in self.spec.fields:
-            shape = field.batch_shape(rows)
-            if field.lengths not in indices:
-                index = rows if field.lengths is None else field.lengths.positions(rows, shape[1]).flatten()
-                indices[field.lengths] = sent(index, self.device)
-            batch[field.name] = self._gather(field.name, indices[field.lengths]).view(shape)
+            lengths = field.lengths
+            if lengths not in indices:
+                index = rows if lengths is None else lengths.positions(rows, lengths.width(rows)).flatten()
+                indices[lengths] = sent(index, self.device)
+            gathered = self._gather(field.name, indices[lengths])
+            batch[field.name] = gathered if lengths is None else gathered.view(field.batch_shape(rows))
         return batch
 
     def _gather(self, name: str, index: Tensor) -> Tensor:
         data = self._data[name]
-        if data.device.type != "cpu":  # needs CUDA, or another accelerator
+        if not data.is_cpu:  # needs CUDA, or another accelerator
             return data.index_select(0, index)
         fresh = self._recycler.empty((len(index), *data.shape[1:]), data.dtype)
         return torch.index_select(data, 0, index, out=fresh)
