@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset, S
 import cachefreeze as cf
 from cachefreeze.errors import StaleCacheError
 from cachefreeze.isolation import RandomState
+from cachefreeze.samples import View
+from cachefreeze.watching import SampleWatch
 
 COUNT = 12
 
@@ -183,3 +187,28 @@ def test_a_fill_looks_first():
     with pytest.raises(StaleCacheError, match="changed"):
         engine.cache.fill(loader)
     assert engine.cache.info()["train"]["rows_present"] == 0
+
+
+class Photos(Dataset):
+    """Samples that take a while to fetch; which ones were is kept outside of it."""
+
+    def __init__(self, seconds, fetched):
+        self.seconds, self.fetch = seconds, fetched.append
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        self.fetch(index)
+        return torch.full((4,), float(index)), index % 2
+
+
+@pytest.mark.parametrize(("seconds", "again"), [(0.0, [0, 9]), (0.002, [0])])
+def test_costly_samples_are_fetched_once_a_pass(slept_time, seconds, again):
+    """A pass looks at two samples, and at the first alone where fetching takes long."""
+    fetched = []
+    watch = SampleWatch(View.of(DataLoader(Photos(seconds, fetched), batch_size=4), ["x"]))
+    fetched.clear()
+    watch.check("train")
+    assert fetched == again
