@@ -71,11 +71,11 @@ class Usage:
 
     def first_call_of(self, model: nn.Module, name: str) -> Call | None:
         """The first call of the module that has this name, whatever name a recording has for it."""
-        return self.first_call(_first_name(model, name))
+        return self.first_call(self._known_as(model, name))
 
     def start(self, model: nn.Module, name: str) -> int | None:
         """The event at which module ``name`` or one of its parameters is first used."""
-        name = _first_name(model, name)
+        name = self._known_as(model, name)
         call = self.first_call(name)
         if call is not None:
             return call.start
@@ -84,15 +84,16 @@ class Usage:
         own = (n for n, p in model.named_parameters() if n.startswith(prefix) and id(p) in ids)
         return min((self.parameters[n] for n in own if n in self.parameters), default=None)
 
+    def _known_as(self, model: nn.Module, name: str) -> str:
+        """The name by which a recording knows a module: the first of those it is registered under."""
+        if name in self._first:
+            return name
+        module = model.get_submodule(name)
+        return next(str(n) for n, m in model.named_modules() if m is module)
+
     def enclosing(self, call: Call) -> list[str]:
         """Modules whose call encloses ``call``, outermost first; the root is ''."""
         return [other.name for other in self.calls if other.start < call.start and call.end < other.end]
-
-
-def _first_name(model: nn.Module, name: str) -> str:
-    """The name by which a recording knows a module: the first of those it is registered under."""
-    module = model.get_submodule(name)
-    return next(str(n) for n, m in model.named_modules() if m is module)
 
 
 @dataclass(frozen=True)
