@@ -11,7 +11,7 @@ from torch import Tensor
 from cachefreeze.errors import StaleCacheError
 from cachefreeze.fingerprint import state_tensors, structure, tensors_digest
 from cachefreeze.portions import EqualPortions, Portions
-from cachefreeze.running import NumericMode, autocast, model_device
+from cachefreeze.running import NumericMode, autocast, float32_precision, model_device
 from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.tracing import Example
 from cachefreeze.weights import WeightWatch, held
@@ -92,14 +92,11 @@ class FrozenPrefix:
             f"{_own_shape(t)} {str(t.dtype).removeprefix('torch.')} batch {t.batch_dim} layout {t.layout}"
             for t in self.parts.boundary.tensors
         ]
-        matmul = torch.get_float32_matmul_precision()
-        if self.device.type == "cuda":
-            matmul += f", tf32 {torch.backends.cudnn.allow_tf32}"
         return {
             "torch": torch.__version__,
             "device": self.device.type,
             "autocast": str(self.mode.autocast),
-            "matmul": matmul,
+            "matmul": float32_precision(self.device),
             "boundary": f"{self.parts.boundary.name}: {'; '.join(tensors)}",
             "weights": self._digest,
             "structure": structure(self.parts.prefix),

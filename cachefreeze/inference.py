@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from cachefreeze.errors import UsageError
 from cachefreeze.freezing import FrozenLock
+from cachefreeze.running import convolves_in_tf32
 from cachefreeze.splitting import BoundaryTensor, Parts
 from cachefreeze.splitting.boundary import as_tuple
 from cachefreeze.splitting.fx_executor import Prefix
@@ -90,7 +91,7 @@ class Optimized:
         """
         if self.tolerance is not None:
             return self.tolerance
-        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        tf32 = device.type == "cuda" and convolves_in_tf32()
         computed = self.dtype or autocast or (torch.float16 if tf32 else torch.float32)
         return _TOLERANCE.get(computed, _TOLERANCE[torch.float32])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from types import TracebackType
 from typing import Any, Protocol, final
 
@@ -62,6 +63,12 @@ class SideStream:
             if value.is_cuda:
                 value.record_stream(stream)
         return values
+
+
+@cache
+def side_stream(device: torch.device) -> SideStream:
+    """The one of a device, for every pass: torch has 32 streams, which it hands out again, and memory for each."""
+    return SideStream(device)  # needs CUDA
 
 
 @final

@@ -82,6 +82,17 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], Tensor]) -> Tape:  # needs CUDA
         """Record a step. Other threads, such as one that pins batches, may go on using CUDA meanwhile."""
+        # where a recording fails torch leaves its stream the current one
+        with torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            try:
+                return self._record(run)
+            except Exception:
+                # CUDA's generator, up to torch 2.6 at least, then takes itself for recording and refuses every draw
+                # until a recording has ended well
+                self._record(lambda: torch.zeros((), device=self._device))
+                raise
+
+    def _record(self, run: Callable[[], Tensor]) -> Tape:  # needs CUDA
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             loss = run()

@@ -20,7 +20,7 @@ from cachefreeze.formats import format_of, send
 from cachefreeze.frozen_prefix import FrozenPrefix
 from cachefreeze.isolation import preserved_random_state
 from cachefreeze.loader import worker_loader
-from cachefreeze.prefetch import Lane, SideStream
+from cachefreeze.prefetch import Lane, side_stream
 from cachefreeze.reporting import caching_line
 from cachefreeze.revision import MADE_FROM, Revision, input_digests
 from cachefreeze.row_source import Computed, PassCounts, Rows
@@ -180,7 +180,7 @@ class StoredRows:
         """How rows that are read ahead get to the device; None where nothing is to be sent there."""
         if self.prefix.device.type != "cuda" or self.store.tier == "device":
             return None
-        return SideStream(self.prefix.device)  # needs CUDA
+        return side_stream(self.prefix.device)  # needs CUDA
 
     def read_ahead(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Stored rows, on their way to the device. Nothing of the user's is called, collate functions least of all."""

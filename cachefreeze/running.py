@@ -43,3 +43,25 @@ def forward_arguments(model: nn.Module) -> list[str]:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to ``dtype``, or none at all, whatever the ambient state is."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def float32_precision(device: torch.device) -> str:
+    """How exactly a device multiplies float32, whichever of torch's two ways of setting that the user has taken.
+
+    Asked in the older way torch raises where it was set in the newer one (``fp32_precision``, since 2.9).
+    """
+    try:
+        products = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backends = torch.backends.cuda, torch.backends.mkldnn
+        products = "/".join(str(backend.matmul.fp32_precision) for backend in backends)
+    return f"{products}, tf32 {convolves_in_tf32()}" if device.type == "cuda" else products
+
+
+def convolves_in_tf32() -> bool:
+    """Whether convolutions on CUDA may use TF32."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        precision: Any = torch.backends.cudnn.conv
+        return bool(precision.fp32_precision == "tf32")

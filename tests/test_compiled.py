@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cachefreeze as cf
 from cachefreeze.compiled import CompiledStep
 from cachefreeze.errors import UsageError
+from cachefreeze.recorded import CudaRecorder
 
 COUNT, BATCH, CLASSES = 44, 8, 5
 
@@ -296,6 +298,56 @@ def test_what_cannot_be_replayed_falls_back(wrong, why):
     assert set(ways) == {"eager"}
     assert why in step.reason
     assert recorder.recorded == 2, "each kind is tried once"
+
+
+class Streams:
+    """torch.cuda as far as it knows of streams: a recording that fails leaves the one that it was made on current."""
+
+    def __init__(self):
+        self.current = "the user's"
+        self.recorded = []
+
+    def Stream(self, device):
+        return "the recorder's"
+
+    def CUDAGraph(self):
+        return object()
+
+    def current_stream(self, device):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        before, self.current = self.current, stream
+        yield
+        self.recorded.append(graph)
+        self.current = before
+
+
+def test_a_failed_recording_leaves_the_users_stream(monkeypatch):
+    """And ends with one that succeeds, without which older CUDA generators would refuse to draw."""
+    streams = Streams()
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+    recorder = CudaRecorder(torch.device("cpu"))
+
+    def reads():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        recorder.record(reads)
+    assert streams.current == "the user's"
+    assert len(streams.recorded) == 1
+    assert recorder.record(lambda: torch.ones(())).loss == 1
+    assert streams.current == "the user's"
 
 
 def test_optimizers_that_compute_in_python(caplog):

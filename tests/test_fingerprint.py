@@ -164,6 +164,22 @@ def test_a_change_of_how_rows_are_computed_is_a_miss(name, tmp_path, monkeypatch
     assert run(tmp_path) == 0
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 brought it")
+def test_the_newer_setting_of_the_precision_of_products(tmp_path):
+    """Where it is used torch refuses to answer in the older way; rows are told apart all the same."""
+    run(tmp_path)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="legacy"):
+            torch.get_float32_matmul_precision()
+        assert run(tmp_path) == 40
+        assert run(tmp_path) == 0
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert run(tmp_path) == 0
+
+
 def test_changes_are_told_apart(tmp_path):
     """Every one of them makes a file of its own: none is taken for another."""
     assert len(CHANGES) >= 25

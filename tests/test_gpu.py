@@ -24,6 +24,7 @@ from cachefreeze.errors import StaleCacheError
 from cachefreeze.inference import relative_error
 from cachefreeze.isolation import RandomState
 from cachefreeze.portions import Portions
+from cachefreeze.prefetch import ReadAhead
 from cachefreeze.splitting import BoundaryTensor
 from cachefreeze.testing.ragged import Pad, Running, Texts
 from cachefreeze.tracing import Example
@@ -250,7 +251,7 @@ def test_staged_batches_outlive_their_staging():
 
 
 @pytest.mark.parametrize("tier", ["host", "hdf5"])
-def test_batches_that_are_read_ahead_are_right_and_travel_beside_the_step(tier, tmp_path):
+def test_batches_that_are_read_ahead_are_right_and_travel_beside_the_step(tier, tmp_path, monkeypatch):
     """While the device is busy with one batch the next arrives; none is overwritten while a step has it queued."""
     engine = cf.Engine(made_wide(), store_of(tier, tmp_path))
     count = 1024
@@ -271,13 +272,16 @@ def test_batches_that_are_read_ahead_are_right_and_travel_beside_the_step(tier, 
         wanted = expected[labels]
         assert torch.allclose(rows, wanted, rtol=0, atol=ROW_TOLERANCE * float(wanted.abs().max()))
 
+    asked, ask = [], ReadAhead.ask
+    monkeypatch.setattr(ReadAhead, "ask", lambda self, rows: ask(self, rows) or asked.append(self._asked))
     remaining = iter(batches)
     next(remaining)
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # cycles: about a second, of the stream that the step runs on
     behind = torch.cuda.Event()
     behind.record()
-    (_, done) = remaining.gi_frame.f_locals["ahead"]._asked.result()
+    next(remaining)
+    (_, done) = asked[1].result()
     done.synchronize()  # the copy ended
     assert not behind.query()  # before the step did
     torch.cuda.synchronize()
@@ -538,10 +542,14 @@ def test_a_recorded_step_never_waits():
 
 
 def test_a_step_that_reads_the_device_runs_eagerly():
-    """A loss that reads a value cannot be recorded: the training is the eager one, and the reason says so."""
+    """A loss that reads a value cannot be recorded: the training is the eager one, and the reason says so.
+
+    What a recording that failed could leave behind is not there: another current stream, and a generator that draws no
+    more.
+    """
 
     def loss_fn(output, target):
-        loss = functional.cross_entropy(output, target)
+        loss = functional.cross_entropy(functional.dropout(output), target)
         return loss * 2 if float(loss.detach()) > 1e9 else loss
 
     engine = cf.Engine(frozen(), "device")
@@ -549,11 +557,13 @@ def test_a_step_that_reads_the_device_runs_eagerly():
     engine.model.train()
     trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     step = engine.compile_step(loss_fn, torch.optim.SGD(trained, lr=0.01))
+    stream = torch.cuda.current_stream()
     for _ in range(2):
         for x, y in batches:
             assert step(x, y).isfinite()
     assert step.how == "eager"
     assert step.reason
+    assert torch.cuda.current_stream() == stream
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -488,6 +488,18 @@ def test_under_autocast_the_tolerance_is_that_of_its_precision():
     assert cf.Optimized().allowed(None, cuda) == (5e-3 if torch.backends.cudnn.allow_tf32 else 1e-3)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch 2.9 brought it")
+@pytest.mark.parametrize(("precision", "allowed"), [("ieee", 1e-3), ("tf32", 5e-3)])
+def test_convolutions_have_a_precision_of_their_own(precision, allowed):
+    """One that differs from that of recurrent layers, of which torch's older setting knows nothing."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        assert cf.Optimized().allowed(None, torch.device("cuda")) == allowed
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 # --- the error ---
 
 

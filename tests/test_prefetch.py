@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 import cachefreeze as cf
 from cachefreeze.errors import CorruptRowError, LoaderError
 from cachefreeze.order import foreseen, with_following
-from cachefreeze.prefetch import ReadAhead
+from cachefreeze.prefetch import ReadAhead, side_stream
 from cachefreeze.rows import StoredRows
 
 
@@ -241,3 +242,13 @@ def test_a_sampler_s_error_belongs_to_the_next_batch():
     assert next(pairs) == ([0], None)
     with pytest.raises(KeyError):
         next(pairs)
+
+
+def test_passes_share_a_stream(monkeypatch):
+    """A stream has memory of its own, and torch's 32 come round again: to the one that a step is recorded on."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    side_stream.cache_clear()
+    rows = SimpleNamespace(prefix=SimpleNamespace(device=torch.device("cuda", 0)), store=SimpleNamespace(tier="host"))
+    lanes = [StoredRows.lane(rows) for _ in range(3)]
+    side_stream.cache_clear()
+    assert lanes[0] is lanes[1] is lanes[2] is not None
