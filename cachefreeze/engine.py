@@ -179,7 +179,7 @@ class Engine:
             left = self._planned - self.epoch
             short, look = is_short(self.model, dataloader, inputs, self._autocast, left)
             if short:
-                return self._declined(dataloader, inputs, left)
+                return self._declined(dataloader, inputs, left, None if look is None else look.usage)
         known = self._following or self.parts
         seen = View.of(
             dataloader,
@@ -401,9 +401,9 @@ class Engine:
     def _is_auto(self) -> bool:
         return isinstance(self._store, str) and self._store.partition(":")[0] == "auto"
 
-    def _declined(self, dataloader: DataLoader[Any], inputs: Inputs, left: int) -> PassingLoader:
+    def _declined(self, dataloader: DataLoader[Any], inputs: Inputs, left: int, usage: Usage | None) -> PassingLoader:
         """The loader of a run that is too short for a cache."""
-        made = self._uncached(dataloader, inputs)
+        made = self._uncached(dataloader, inputs, usage)
         if self.boundary is not None:
             self._judged = judge(None, self.boundary, self.epoch, left)
             self._note(self._judged)
@@ -460,10 +460,12 @@ class Engine:
         following.start_epoch(self.epoch, total, steps)
         self.parts, self.cache, self.boundary = following.parts, following.cache, following.boundary
 
-    def _uncached(self, dataloader: DataLoader[Any], inputs: Inputs) -> PassingLoader:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the order of use only names the boundary in reports here
-            usage = trace_usage(self.model)
+    def _uncached(self, dataloader: DataLoader[Any], inputs: Inputs, usage: Usage | None = None) -> PassingLoader:
+        """The loader's own batches; the order of use, known already or not, only names the boundary in reports here."""
+        if usage is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                usage = trace_usage(self.model)
         if usage.source == "registration":  # a guess: samples show the order, where they can be given to the model
             with suppress(Exception):  # what is not cached may be any data, and any model
                 example = example_of(dataloader, forward_arguments(self.model), inputs)

@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.errors import LoaderError, SplitError, UsageError
-from cachefreeze.judging import is_evident
 from cachefreeze.loader import PassingLoader, StagedLoader
 from cachefreeze.manager import CacheManager, next_name, split_on
-from cachefreeze.measuring import FirstLook, listed_blocks, look_at, looked_at, measure
+from cachefreeze.measuring import FirstLook, Run, listed_blocks, look_at, measure
 from cachefreeze.moves import Costs, Move, too_short, worthwhile
 from cachefreeze.observing import probe_rows
 from cachefreeze.running import model_device
@@ -202,10 +201,11 @@ class Following:
         loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
         view, device = loaders[0][1], model_device(self._model)
         samples = sum(each.samples for _, each in loaders)
+        batch = loaders[0][0].batch_size or 64
+        run = Run(samples, sum(map(bool, upcoming)), batch, thawed=True)
         if self._look is None:
-            spent = looked_at(loaders[0][0], samples, len(upcoming))
-            self._look = look_at(self._model, view, self._autocast, spent)
-        if not now and is_evident(self._look, samples, sum(map(bool, upcoming)), thawed=True):
+            self._look = look_at(self._model, view, self._autocast, run)
+        if not now and self._look.shows_short(run):
             return None
         seen = measure(
             self._model,
@@ -217,7 +217,6 @@ class Following:
             epochs=len(upcoming),
             look=self._look,
         )
-        batch = loaders[0][0].batch_size or 64
         estimated = seen.costs_in(self._store, device, batch)
         longer = replace(estimated, setup=2 * estimated.setup)
         if set(worthwhile(upcoming, longer, now)[0]) == {now}:

@@ -13,17 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cachefreeze.batches import Inputs
-from cachefreeze.measuring import FirstLook, first_look, look_at, looked_at, measure
+from cachefreeze.measuring import FirstLook, Run, first_look, look_at, measure, short_for_any
 from cachefreeze.moves import Costs, Move, worthwhile
 from cachefreeze.running import forward_arguments, model_device
 from cachefreeze.samples import View, alike_example_of
 from cachefreeze.tracing import Usage
 
 _LOG = logging.getLogger("cachefreeze")
-
-# Over what is predicted of a few samples. A run that saves less than this has little to gain, and measuring takes as
-# long as a part of it.
-_SETUP_AT_MOST = 2.2
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,9 @@ def measure_boundary(
     """
     names, device = ("", boundary), model_device(model)
     samples = sum(view.samples for _, view in loaders)
-    look = look or look_at(model, loaders[0][1], autocast)
-    if epochs is not None and is_evident(look, samples, epochs):
+    run = None if epochs is None else _run(loaders[0][0], samples, epochs)
+    look = look or look_at(model, loaders[0][1], autocast, run)
+    if run is not None and look.shows_short(run):
         return None
     first = measure(model, usage, names, loaders, tiers=(), autocast_dtype=autocast, epochs=epochs, look=look)
     return first.costs_in(store, device, loaders[0][0].batch_size or 64)
@@ -92,24 +89,16 @@ def is_short(
     """
     with suppress(Exception):  # what is wrong with the loader or the model is said by what needs them
         example, fetch = alike_example_of(dataloader, forward_arguments(model), inputs)
-        if epochs <= 1:
+        run = _run(dataloader, len(dataloader.dataset), epochs)  # type: ignore[arg-type]
+        if short_for_any(model, fetch, run):
             return True, None
-        samples = len(dataloader.dataset)  # type: ignore[arg-type]
-        look = first_look(model, example, fetch, autocast, looked_at(dataloader, samples, epochs))
-        return is_evident(look, samples, epochs), look
+        look = first_look(model, example, fetch, autocast, run)
+        return look.shows_short(run), look
     return False, None
 
 
-def is_evident(look: FirstLook, samples: int, epochs: int, *, thawed: bool = False) -> bool:
-    """Whether splitting may take longer than all that rows could save in some epochs: to measure more would not pay.
-
-    Args:
-        look: At a few samples.
-        samples: Of an epoch.
-        epochs: With something frozen; rows are made in the first one.
-        thawed: Whether what trains now may freeze in one of them.
-    """
-    return look.most(samples * (epochs - 1), thawed=thawed) < _SETUP_AT_MOST * look.setup
+def _run(dataloader: DataLoader[Any], samples: int, epochs: int) -> Run:
+    return Run(samples, epochs, dataloader.batch_size or 64)
 
 
 def judge(costs: Costs | None, boundary: str, epoch: int, left: int | None) -> Judgement:

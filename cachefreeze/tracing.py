@@ -10,7 +10,8 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -269,20 +270,62 @@ def record_usage(model: nn.Module, inputs: Example) -> Usage:
                         events.parameter(leaf)
             return func(*args, **(kwargs or {}))
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: events.enter(n), prepend=True))
-        handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: events.leave(n)))
     written = WrittenParameters(METADATA)
     try:
-        with evaluating(model), _Parameters(), written:
+        with _calls_told(model, events.enter, events.leave), evaluating(model), _Parameters(), written:
             inputs.fresh().call(model)
     finally:
-        for handle in handles:
-            handle.remove()
         found = {id(parameter) for parameter in written.restore()}
     usage = events.usage("inputs")
     return replace(usage, writes=tuple(name for name, p in model.named_parameters() if id(p) in found))
+
+
+@contextmanager
+def noted_usage(model: nn.Module) -> Iterator[Callable[[], Usage | None]]:
+    """Note what a forward inside uses, in order, at hardly any cost: parameters when their own module is called.
+
+    Yields:
+        The usage, once the forward has run; None where that is not when they are used: a module with some that train
+        and some that do not uses its own beside those of its children (a class token).
+    """
+    events = _Events(model)
+    modules = dict(model.named_modules())
+    calling: set[str] = set()
+
+    def enter(name: str) -> None:
+        calling.update(opened for opened, _ in events._open[-1:])
+        events.enter(name)
+        for parameter in modules[name].parameters(recurse=False):
+            events.parameter(parameter)
+
+    def leave(name: str) -> None:
+        if name not in calling:  # one kernel for all that is in it
+            for parameter in modules[name].parameters():
+                events.parameter(parameter)
+        events.leave(name)
+
+    mixed = any(
+        module._modules
+        and next(module.parameters(recurse=False), None) is not None
+        and len({p.requires_grad for p in module.parameters()}) > 1
+        for module in modules.values()
+    )
+    with _calls_told(model, enter, leave):
+        yield lambda: None if mixed else events.usage("inputs")
+
+
+@contextmanager
+def _calls_told(model: nn.Module, enter: Callable[[str], None], leave: Callable[[str], None]) -> Iterator[None]:
+    """``enter`` and ``leave`` are called with the name of every module that a forward inside calls."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: enter(n), prepend=True))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o, n=name: leave(n)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _refuse_padded_images(model: nn.Module) -> None:

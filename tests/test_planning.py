@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import cachefreeze as cf
+from cachefreeze import engine as engines
 from cachefreeze import optimized
 from cachefreeze.errors import RandomSampleError, UsageError
+from cachefreeze.freezing import boundary_of
 from cachefreeze.isolation import RandomState
 from cachefreeze.judging import is_short, judge
-from cachefreeze.measuring import Training, first_look, measure, measured_tier
+from cachefreeze.measuring import Run, Training, first_look, measure, measured_tier
 from cachefreeze.measuring.speeds import speed_of
 from cachefreeze.moves import Costs, worthwhile
 from cachefreeze.planning import _break_even
@@ -419,32 +421,104 @@ def test_a_short_run_is_frozen_without_a_cache(known, caplog):
     assert [move.after for move in engine.decisions] == ([None] if known else ["4", None])
 
 
+class Fetched(Dataset):
+    """Samples that take a while to fetch; which ones were."""
+
+    def __init__(self, size, seconds=0.0):
+        self.size, self.seconds, self.fetched = size, seconds, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        self.fetched.append(index)
+        return torch.full((3,), float(index)), index % 2
+
+
 @pytest.mark.usefixtures("slept_time")
-@pytest.mark.parametrize(("epochs", "samples"), [(1, 0), (2, 3)])
-def test_a_short_run_is_declined_before_anything_is_probed(epochs, samples):
-    """What a look costs is bounded by three samples and one forward of them; for one epoch there is no forward."""
-    fetched, computed = [], []
+@pytest.mark.parametrize(("epochs", "size", "samples"), [(1, 300, 0), (2, 138, 0), (2, 200, 3)])
+def test_a_short_run_is_declined_before_anything_is_probed(epochs, size, samples, monkeypatch):
+    """What a look costs is bounded by three samples and one forward of them, which stands for the trace as well.
 
-    class Counted(Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, index):
-            fetched.append(index)
-            return torch.randn(3), index % 2
-
+    Where rows of hardly more samples than a split computes would be read there is no forward.
+    """
+    computed, data = [], Fetched(size)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     cf.freeze(model, "2")
     model[0].register_forward_hook(lambda _m, given, _o: computed.append(len(given[0])))
     before, state = traces(model), RandomState.capture()
+    if samples:
+        monkeypatch.setattr(engines, "trace_usage", lambda _: pytest.fail("traced"))
     engine = cf.Engine(model, "auto", epochs=epochs)
-    loaders = [engine.loader(DataLoader(Counted(), 4)) for _ in range(2)]
-    assert fetched == [0, 1, 2]
+    loaders = [engine.loader(DataLoader(data, 4)) for _ in range(2)]
+    assert data.fetched == [0, 1, 2]
     assert sum(computed) == samples
     assert [loader.source for loader in loaders] == ["frozen", "frozen"]
     assert [(move.frozen, move.after) for move in engine.decisions] == [("2", None)]
     assert not state.moved()
     assert same(traces(model), before)
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_few_samples_that_take_long_to_decode_are_cached():
+    """What no forward is needed for is a decision against the cache: decoding that rows spare is no part of it."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    cf.freeze(model, "2")
+    for seconds, source in ((1e-5, "frozen"), (0.1, "fill")):
+        data = Fetched(138, seconds)
+        loader = cf.Engine(model, "auto", epochs=2).loader(DataLoader(data, 4))
+        list(loader)
+        assert loader.source == source
+
+
+class Fused(nn.Module):
+    """One kernel for all that is in it: no child is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+class Backwards(nn.Module):
+    """Registered in another order than used; ``scale`` is its own, and used last but one."""
+
+    def __init__(self, own=False):
+        super().__init__()
+        self.head, self.body = nn.Linear(3, 2), nn.Sequential(Fused(), Fused(), nn.Linear(3, 3))
+        self.scale = nn.Parameter(torch.ones(3)) if own else 1.0
+
+    def forward(self, x):
+        return self.head(self.body(x) * self.scale)
+
+
+@pytest.mark.usefixtures("slept_time")
+@pytest.mark.parametrize("train_from", ["body.1", "body.2", "head"])
+def test_a_look_shows_the_order_of_use(train_from):
+    """As a recording does; but for parameters of a module whose children train in part it is not known when."""
+
+    def look(model):
+        before = traces(model)
+        found = first_look(model, Example((torch.ones(3, 3),), {}), 0.0).usage
+        assert same(traces(model), before)
+        return found
+
+    model = Backwards()
+    cf.freeze(model, train_from)
+    recorded = record_usage(model, Example((torch.ones(3, 3),), {}))
+    noted = look(model)
+    assert boundary_of(model, noted) == boundary_of(model, recorded) == train_from
+    assert sorted(noted.parameters, key=noted.parameters.get) == sorted(
+        recorded.parameters, key=recorded.parameters.get
+    )
+    own = Backwards(own=True)
+    own.body.requires_grad_(False)
+    assert look(own) is None
+    model.head.compile(backend="eager")
+    assert look(model) is None, "it would be compiled once more with hooks"
 
 
 @pytest.mark.usefixtures("slept_time")
@@ -470,10 +544,15 @@ def test_rows_spare_what_runs_before_something_trains():
     assert found.frozen == pytest.approx(sum(FORWARD[:2]) / 3, rel=0.01)
     assert found.each == pytest.approx(sum(FORWARD) / 3, rel=0.01)
     assert found.forward == pytest.approx(sum(FORWARD), rel=0.01)
-    larger = first_look(model, Example((torch.ones(3, 3),), {}), 0.0, spent=8)
+    run = Run(samples=400, epochs=2, batch_size=8)
+    larger = first_look(model, Example((torch.ones(3, 3),), {}), 0.0, run=run)
     assert larger.frozen == pytest.approx(sum(FORWARD[:2]) / 8, rel=0.01)
     assert larger.setup == pytest.approx(found.setup, rel=0.01)
-    assert found.most(6) < found.most(6, thawed=True)
+    short = Run(samples=60, epochs=2, batch_size=8)
+    assert (found.shows_short(short), found.shows_short(run)) == (True, False)
+    assert first_look(model, Example((torch.ones(3, 3),), {}), 0.0, run=short).each == pytest.approx(found.each)
+    scarce = replace(found, frozen=0.0)
+    assert (scarce.shows_short(run), scarce.shows_short(replace(run, thawed=True))) == (True, False)
     assert same(traces(model), before)
     for whole in (scaled, nn.Sequential(model, nn.Identity())):
         if whole is not scaled:

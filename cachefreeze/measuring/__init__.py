@@ -17,7 +17,7 @@ from cachefreeze.fingerprint import state_tensors
 from cachefreeze.generators import preserved_generators
 from cachefreeze.isolation import eval_mode, preserved_random_state, preserved_state
 from cachefreeze.measuring.forwards import block_forwards
-from cachefreeze.measuring.looks import FEW, FirstLook, first_look, look_at, looked_at, spread, timed_forward
+from cachefreeze.measuring.looks import FEW, FirstLook, Run, first_look, look_at, short_for_any, spread, timed_forward
 from cachefreeze.measuring.speeds import Speed, measured_tier, speed_of
 from cachefreeze.measuring.steps import Optimizers, training_steps
 from cachefreeze.moves import Costs
@@ -30,14 +30,15 @@ from cachefreeze.weights import WeightWatch
 __all__ = [
     "FirstLook",
     "Measurement",
+    "Run",
     "Speed",
     "Training",
     "first_look",
     "listed_blocks",
     "look_at",
-    "looked_at",
     "measure",
     "measured_tier",
+    "short_for_any",
 ]
 
 # Seconds that forwards take at most, together; training steps take about thrice that, fetching a quarter.
