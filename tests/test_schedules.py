@@ -83,7 +83,19 @@ def test_freezeout_without_annealing_decides_only_when():
         assert decided.factors == tuple(float(i >= decided.frozen) for i in range(6))
 
 
-@pytest.mark.parametrize("wrong", [{"t0": 0}, {"t0": 1.1}, {"t0": "0.8"}, {"t0": math.nan}, {"how": "quartic"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"t0": 0},
+        {"t0": 1.1},
+        {"t0": "0.8"},
+        {"t0": math.nan},
+        {"how": "quartic"},
+        {"how": ["cubic"]},
+        {"scale_lr": "no"},
+        {"anneal": 0},
+    ],
+)
 def test_freezeout_refuses_nonsense(wrong):
     with pytest.raises(ScheduleError, match=next(iter(wrong))):
         cf.FreezeOut(**wrong)
@@ -250,6 +262,8 @@ def test_stages_by_container_number_and_transition_epoch():
         ([{"epochs": -1}, {}], "above 0"),
         ([{"train_from": ""}], "name of a block"),
         ([{"modules": "conv1"}], "list of names"),
+        ([{"modules": ["conv1", "layer1*", "conv1"]}], "'conv1' is there twice"),
+        (5, "a list of stages"),
         ([{"train_last": 1.5}], "whole number"),
         ([{}, {"train_from": "fc"}], "stage 1 is never reached"),
         ([{"epochs": 4}, {"max_transition_epoch": 4}, {}], "stage 1 is never reached"),

@@ -51,6 +51,9 @@ class Stage:
             isinstance(self.modules, tuple) and self.modules and all(isinstance(name, str) for name in self.modules)
         ):
             raise ScheduleError(f"modules={self.modules!r}: expected a list of names or patterns")
+        twice = next((name for name in self.modules or () if list(self.modules or ()).count(name) > 1), None)
+        if twice is not None:
+            raise ScheduleError(f"modules={list(self.modules or ())}: {twice!r} is there twice")
         for name in ("epochs", "max_transition_epoch"):
             if getattr(self, name) is not None:
                 in_range(name, getattr(self, name), 0, 1e9, low_open=True)
@@ -122,7 +125,7 @@ class Stages(Schedule):
     stages: tuple[Stage, ...]
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]]) -> None:
-        if not stages or isinstance(stages, str | Mapping):
+        if not stages or isinstance(stages, str) or not isinstance(stages, Sequence):
             raise ScheduleError(f"stages={stages!r}: expected a list of stages, at least one")
         made = []
         for number, stage in enumerate(stages):
