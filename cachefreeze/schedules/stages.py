@@ -125,7 +125,7 @@ class Stages(Schedule):
     stages: tuple[Stage, ...]
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]]) -> None:
-        if not stages or isinstance(stages, str) or not isinstance(stages, Sequence):
+        if not stages or isinstance(stages, str | Mapping) or not isinstance(stages, Sequence):
             raise ScheduleError(f"stages={stages!r}: expected a list of stages, at least one")
         made = []
         for number, stage in enumerate(stages):
