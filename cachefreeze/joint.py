@@ -13,7 +13,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from types import MethodType
 from typing import Any
@@ -65,17 +65,125 @@ class _UnfitError(Exception):
     """What is off. Never leaves the module."""
 
 
-@dataclass(frozen=True)
+class _Stack:
+    """One parameter of all heads: its weights, their gradient, and the optimizer's state, of which heads have slices.
+
+    Args:
+        weights: (heads, *shape).
+        own: Of each head.
+    """
+
+    def __init__(self, weights: Tensor, own: Sequence[nn.Parameter]) -> None:
+        self.weights = nn.Parameter(weights)
+        self.own = own
+        self.before = torch.empty_like(weights)
+        self._gradient = torch.zeros_like(weights)
+        self._slices = self._gradient.unbind(0)
+        self._shown: dict[str, Any] | None = None  # the first head's state, as it was put there
+        self._made: list[Any] = []  # what that is slices of
+
+    def leaf(self) -> Tensor:
+        """The weights for one forward, whose gradient is added to the heads' own."""
+        if all(parameter.grad is None for parameter in self.own):
+            self._gradient.zero_()
+            for parameter, part in zip(self.own, self._slices, strict=True):
+                parameter.grad = part
+        else:
+            self._gather()
+        self.weights.grad = self._gradient
+        return self.weights
+
+    def settle(self) -> None:
+        """Before an update: the gradient is what the heads have, None where none has any."""
+        if all(parameter.grad is None for parameter in self.own):
+            self.weights.grad = None
+            return
+        for head, parameter in enumerate(self.own):
+            if parameter.grad is None or not parameter.requires_grad:
+                raise UsageError(
+                    f"head {head} has no gradient or is frozen, others are not: expected gradients of all heads, for one "
+                    f"update of all. Give it a learning rate of 0, or {_FIX}"
+                )
+        self._gather()
+        self.weights.grad = self._gradient
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """What was put in place of a slice of the gradient is copied there."""
+        for parameter, part in zip(self.own, self._slices, strict=True):
+            if parameter.grad is not part:
+                part.copy_(0 if parameter.grad is None else parameter.grad)
+                parameter.grad = part
+
+    def take_state(self, of_heads: Mapping[Tensor, Any], joint: dict[Tensor, Any], whole: frozenset[str]) -> None:
+        """What the heads' state has that was not put there: of a checkpoint, or of steps before ``attach``.
+
+        Args:
+            whole: Entries that no head has slices of.
+        """
+        first = of_heads.get(self.own[0], {})
+        if first is self._shown:
+            # what no head has slices of may have been moved to another device
+            joint[self.weights].update({key: first[key] for key in whole & first.keys()})
+            return
+        joint.pop(self.weights, None)
+        states = [of_heads.get(parameter, {}) for parameter in self.own]
+        for key in dict.fromkeys(key for state in states for key in state):
+            values = [state.get(key) for state in states]
+            if key not in whole and all(_like(value, self.own[0]) for value in values):
+                joint[self.weights][key] = torch.stack(values)
+            elif all(_same(value, values[0]) for value in values):
+                joint[self.weights][key] = values[0]
+            else:
+                raise CheckpointError(
+                    f"the optimizer's {key} is not the same for all heads: expected heads that have taken the same "
+                    f"steps, for one update of all; {_FIX}"
+                )
+
+    def show_state(self, of_heads: dict[Tensor, Any], joint: Mapping[Tensor, Any]) -> None:
+        """Make the heads' state slices of the joint one."""
+        state = joint.get(self.weights, {})
+        made = list(state.values())
+        same = len(made) == len(self._made) and all(a is b for a, b in zip(made, self._made, strict=True))
+        if same and of_heads.get(self.own[0]) is self._shown:
+            return
+        for head, parameter in enumerate(self.own):
+            of_heads[parameter] = {
+                key: value[head] if _like(value, self.weights) else value for key, value in state.items()
+            }
+        self._shown, self._made = of_heads[self.own[0]], made
+
+
+@dataclass
 class _Group:
     """Parameters whose heads are in the same groups of the optimizer.
 
     Attributes:
-        names: Of the parameters.
+        stacks: Of the parameters.
         of_heads: The index of each head's group.
     """
 
-    names: list[str]
+    stacks: list[_Stack]
     of_heads: tuple[int, ...]
+    _rates: list[float] = field(default_factory=list)
+    _shares: list[Tensor] = field(default_factory=list)
+
+    def shares(self, rates: list[Any]) -> tuple[Any, list[Tensor]]:
+        """The largest learning rate, and each head's share of it: for every parameter, to be multiplied with it."""
+        device = self.stacks[0].weights.device
+        if any(isinstance(rate, Tensor) for rate in rates):  # a captured graph reads these very tensors
+            each = torch.stack([torch.as_tensor(rate, device=device).reshape(()) for rate in rates])
+            largest = each.max()
+            return largest, self._shaped(each / largest.clamp(min=torch.finfo(each.dtype).tiny))
+        largest = max(rates)
+        if rates != self._rates or device.type != "cpu":  # no graph reads what is made anew for the next rates
+            parts = torch.tensor([rate / (largest or 1.0) for rate in rates], dtype=torch.float64, device=device)
+            self._rates, self._shares = rates, self._shaped(parts)
+        return largest, self._shares
+
+    def _shaped(self, parts: Tensor) -> list[Tensor]:
+        weights = [stack.weights for stack in self.stacks]
+        return [parts.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for weight in weights]
 
 
 class JointUpdate:
@@ -90,32 +198,32 @@ class JointUpdate:
         self._optimizer = optimizer
         self._original = optimizer.step
         self._own = own
-        self._weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in stacked.items()}
-        self._before = {name: torch.empty_like(weight) for name, weight in stacked.items()}
-        self._counters: frozenset[str] = frozenset()  # entries of the state that no parameter has slices of
+        self._stacks = {name: _Stack(weights, own[name]) for name, weights in stacked.items()}
+        self._whole: frozenset[str] = frozenset()  # entries of the state that no head has slices of
         self._settings = sorted(set(optimizer.defaults) - {"lr"})
         self._count = len(optimizer.param_groups)
         self._groups = self._grouped()
         self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
-        self._shown: dict[str, dict[str, Any]] = {}  # of the first head, as it was put there
-        self._made: dict[str, list[Any]] = {}  # of which the heads have slices
-        self._handed: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+    def leaf(self, name: str) -> Tensor:
+        """All heads' weights for one forward, whose gradient is added to the heads' own: (heads, *shape)."""
+        return self._stacks[name].leaf()
 
     def _grouped(self) -> list[_Group]:
         """Joint groups, of parameters whose heads' groups are the same."""
         groups = self._optimizer.param_groups
         index = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
-        wanted = {id(parameter) for own in self._own.values() for parameter in own}
+        wanted = {id(parameter) for stack in self._stacks.values() for parameter in stack.own}
         if set(index) != wanted:
             raise UsageError(
                 f"attach: expected the {len(wanted)} parameters of all heads in the optimizer and no other; it has "
                 f"{len(wanted & set(index))} of them and {len(set(index) - wanted)} others. Make it of "
                 "heads.parameters(head) of every head"
             )
-        found: dict[tuple[int, ...], list[str]] = {}
-        for name, own in self._own.items():
-            found.setdefault(tuple(index[id(parameter)] for parameter in own), []).append(name)
-        return [_Group(names, of_heads) for of_heads, names in found.items()]
+        found: dict[tuple[int, ...], list[_Stack]] = {}
+        for stack in self._stacks.values():
+            found.setdefault(tuple(index[id(parameter)] for parameter in stack.own), []).append(stack)
+        return [_Group(stacks, of_heads) for of_heads, stacks in found.items()]
 
     def try_out(self) -> None:
         """Find out on a few numbers whether an update of all is each head's own.
@@ -127,7 +235,7 @@ class JointUpdate:
         for members in self._members():
             try:
                 with preserved_random_state():
-                    self._counters |= _tried(self._optimizer, members[0], members[0]["params"][0].device)
+                    self._whole |= _tried(self._optimizer, members[0], members[0]["params"][0].device)
             except _UnfitError as error:
                 raise UsageError(
                     f"attach({kind}): expected an update in proportion to the learning rate, for every number on its "
@@ -167,103 +275,27 @@ class JointUpdate:
         return loss
 
     def _update(self) -> None:
-        groups, shares = [], {}
+        optimizer, groups, shares = self._optimizer, [], []
         for group, members in zip(self._groups, self._members(), strict=True):
-            largest, each = _largest([member["lr"] for member in members], self._weights[group.names[0]].device)
-            groups.append({**members[0], "lr": largest, "params": [self._weights[name] for name in group.names]})
-            shares.update(dict.fromkeys(group.names, each))
-        for name, weight in self._weights.items():
-            weight.grad = self._gradient(name)
-            self._before[name].copy_(weight)
-            self._take_state(name)
+            largest, parts = group.shares([member["lr"] for member in members])
+            groups.append({**members[0], "lr": largest, "params": [stack.weights for stack in group.stacks]})
+            shares += zip(group.stacks, parts, strict=True)
+        for stack, _ in shares:
+            stack.settle()
+            stack.take_state(optimizer.state, self._state, self._whole)
+            stack.before.copy_(stack.weights)
         with self._in_place_of_heads(groups):
             self._original()
-        for name, weight in self._weights.items():
-            share = shares[name].to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-            torch.lerp(self._before[name], weight, share, out=weight)
-            weight.grad = None
-            self._show_state(name)
+        for stack, share in shares:
+            torch.lerp(stack.before, stack.weights, share, out=stack.weights)
+            stack.show_state(optimizer.state, self._state)
 
-    def leaf(self, name: str) -> Tensor:
-        """All heads' weights for one forward, whose gradient goes to the heads' own parameters: slices of it."""
-        leaf = self._weights[name].detach().requires_grad_()
-        leaf.register_post_accumulate_grad_hook(functools.partial(self._hand_out, name))
-        return leaf
-
-    def _hand_out(self, name: str, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        whole, leaf.grad = leaf.grad, None
-        if self._whole(name) is not None:
-            self._handed[name][0].add_(whole)
-            return
-        parts = whole.unbind(0)
-        self._handed[name] = whole, parts
-        for parameter, part in zip(self._own[name], parts, strict=True):
-            if parameter.requires_grad:
-                parameter.grad = part if parameter.grad is None else parameter.grad + part
-
-    def _whole(self, name: str) -> Tensor | None:
-        """The gradient that was handed out, where every head still has its slice of it."""
-        whole, parts = self._handed.get(name, (None, ()))
-        intact = all(p.grad is part for p, part in zip(self._own[name], parts, strict=False))
-        return whole if intact else None
-
-    def _gradient(self, name: str) -> Tensor:
-        whole = self._whole(name)
-        if whole is not None:
-            return whole
-        parts = [parameter.grad for parameter in self._own[name]]
-        if any(part is None for part in parts):
-            head = parts.index(None)
-            raise UsageError(
-                f"head {head} has no gradient for {name}, as it has where backward() was not called or it is frozen: "
-                f"one update is for all heads. Give it a learning rate of 0, or {_FIX}"
-            )
-        return torch.stack(parts)  # type: ignore[arg-type]
-
-    def _take_state(self, name: str) -> None:
-        """What the heads' state has that this did not put there: of a checkpoint, or of steps before ``attach``."""
-        weight, own = self._weights[name], self._own[name]
-        states = [self._optimizer.state.get(parameter, {}) for parameter in own]
-        if states[0] is self._shown.get(name):
-            # what has no slices may have been moved to another device
-            self._state[weight].update({key: v for key, v in states[0].items() if not self._sliced(key, v, own[0])})
-            return
-        self._state.pop(weight, None)
-        for key in dict.fromkeys(key for state in states for key in state):
-            values = [state.get(key) for state in states]
-            if all(self._sliced(key, value, own[0]) for value in values):
-                self._state[weight][key] = torch.stack(values)  # type: ignore[arg-type]
-            elif all(_same(value, values[0]) for value in values):
-                self._state[weight][key] = values[0]
-            else:
-                raise CheckpointError(
-                    f"the optimizer's {key} for {name} is not the same for all heads: expected heads that have taken "
-                    f"the same steps, for one update of all; {_FIX}"
-                )
-
-    def _show_state(self, name: str) -> None:
-        """The heads' own state: slices of the joint one."""
-        weight = self._weights[name]
-        state = self._state.get(weight, {})
-        made = list(state.values())
-        known = self._made.get(name, [None])
-        if len(made) == len(known) and all(a is b for a, b in zip(made, known, strict=True)):
-            return
-        self._made[name] = made
-        for head, parameter in enumerate(self._own[name]):
-            self._optimizer.state[parameter] = {
-                key: value[head] if self._sliced(key, value, weight) else value for key, value in state.items()
-            }
-        self._shown[name] = self._optimizer.state[self._own[name][0]]
-
-    def unsliced(self, name: str) -> frozenset[str]:
-        """Entries of a parameter's state that are not as large as the parameter."""
-        weight = self._weights[name]
-        return frozenset(key for key, value in self._state[weight].items() if not self._sliced(key, value, weight))
-
-    def _sliced(self, key: str, value: Any, like: Tensor) -> bool:
-        return isinstance(value, Tensor) and value.shape == like.shape and key not in self._counters
+    def unsliced(self) -> frozenset[str]:
+        """Entries of the state that are not as large as their parameter."""
+        pairs = [
+            (stack.weights, *entry) for stack in self._stacks.values() for entry in self._state[stack.weights].items()
+        ]
+        return frozenset(key for weights, key, value in pairs if not _like(value, weights))
 
     @contextmanager
     def _in_place_of_heads(self, groups: list[dict[str, Any]]) -> Iterator[None]:
@@ -274,16 +306,6 @@ class JointUpdate:
             yield
         finally:
             optimizer.param_groups, optimizer.state = kept
-
-
-def _largest(rates: list[Any], device: torch.device) -> tuple[Any, Tensor]:
-    """The largest learning rate, and each head's share of it: (heads,)."""
-    if any(isinstance(rate, Tensor) for rate in rates):
-        each = torch.stack([torch.as_tensor(rate, device=device).reshape(()) for rate in rates])
-        largest = each.max()
-        return largest, each / largest.clamp(min=torch.finfo(each.dtype).tiny)
-    largest = max(rates)
-    return largest, torch.tensor([rate / (largest or 1.0) for rate in rates], dtype=torch.float64, device=device)
 
 
 def _tried(optimizer: Optimizer, settings: Mapping[str, Any], device: torch.device) -> frozenset[str]:
@@ -321,11 +343,15 @@ def _tried(optimizer: Optimizer, settings: Mapping[str, Any], device: torch.devi
         off = float((torch.stack(list(parts)).detach() - stacked[name]).abs().max())
         if not off <= _TOLERANCE:
             raise _UnfitError(f"one update of all heads is off by {off:.2g} from updates of each")
-    return update.unsliced("weight")
+    return update.unsliced()
 
 
 def _as(rate: Any, value: float) -> Any:
     return torch.full_like(rate, value) if isinstance(rate, Tensor) else value
+
+
+def _like(value: Any, weights: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == weights.shape
 
 
 def _same(a: Any, b: Any) -> bool:
