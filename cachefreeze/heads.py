@@ -302,7 +302,7 @@ class _Heads:
         if self.then is None:
             return output
         try:
-            with SideBySide(pytree.tree_leaves(output)) as heads:
+            with SideBySide([output] if isinstance(output, Tensor) else pytree.tree_leaves(output)) as heads:
                 found = self.then(output)
             return heads.with_heads(found, self.count)
         except UnknownOperationError:

@@ -88,38 +88,36 @@ class _Stack:
             self._gradient.zero_()
             for parameter, part in zip(self.own, self._slices, strict=True):
                 parameter.grad = part
-        else:
-            self._gather()
+        self._gather()
         self.weights.grad = self._gradient
         return self.weights
 
     def settle(self) -> None:
         """Before an update: the gradient is what the heads have, None where none has any."""
-        if all(parameter.grad is None for parameter in self.own):
-            self.weights.grad = None
-            return
-        for head, parameter in enumerate(self.own):
-            if parameter.grad is None or not parameter.requires_grad:
-                raise UsageError(
-                    f"head {head} has no gradient or is frozen, others are not: expected gradients of all heads, for one "
-                    f"update of all. Give it a learning rate of 0, or {_FIX}"
-                )
-        self._gather()
-        self.weights.grad = self._gradient
+        given = [parameter.grad is not None and parameter.requires_grad for parameter in self.own]
+        if any(given) and not all(given):
+            raise UsageError(
+                f"head {given.index(False)} is frozen or has no gradient, others have one: expected gradients of all "
+                f"heads, for one update of all. Give it a learning rate of 0, or {_FIX}"
+            )
+        if all(given):
+            self._gather()
+        self.weights.grad = self._gradient if all(given) else None
 
     @torch.no_grad()
     def _gather(self) -> None:
         """What was put in place of a slice of the gradient is copied there."""
+        if all(parameter.grad is part for parameter, part in zip(self.own, self._slices, strict=True)):
+            return
         for parameter, part in zip(self.own, self._slices, strict=True):
             if parameter.grad is not part:
-                part.copy_(0 if parameter.grad is None else parameter.grad)
+                part.copy_(torch.zeros_like(part) if parameter.grad is None else parameter.grad)
                 parameter.grad = part
 
     def take_state(self, of_heads: Mapping[Tensor, Any], joint: dict[Tensor, Any], whole: frozenset[str]) -> None:
         """What the heads' state has that was not put there: of a checkpoint, or of steps before ``attach``.
 
-        Args:
-            whole: Entries that no head has slices of.
+        ``whole`` are entries that no head has slices of.
         """
         first = of_heads.get(self.own[0], {})
         if first is self._shown:
