@@ -58,6 +58,7 @@ def attach(
         return update.step(closure)
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+    optimizer.register_state_dict_post_hook(_unshared)
     return update
 
 
@@ -341,7 +342,19 @@ def _tried(optimizer: Optimizer, settings: Mapping[str, Any], device: torch.devi
         off = float((torch.stack(list(parts)).detach() - stacked[name]).abs().max())
         if not off <= _TOLERANCE:
             raise _UnfitError(f"one update of all heads is off by {off:.2g} from updates of each")
+        for one, other in zip(parts, found[name], strict=True):
+            for key, value in alone.state[one].items():
+                if isinstance(value, Tensor) and not torch.allclose(value, together.state[other][key]):
+                    raise _UnfitError(f"{key} of its state follows the rate")
     return update.unsliced()
+
+
+def _unshared(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Heads share what they have no slices of, such as the count of steps: elsewhere each would count it up."""
+    saved["state"] = {
+        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+        for parameter, state in saved["state"].items()
+    }
 
 
 def _as(rate: Any, value: float) -> Any:

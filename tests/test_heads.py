@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
@@ -223,19 +224,30 @@ def test_a_loss_is_each_head_s_own(loss_fn):
             assert torch.allclose(parameter.grad, wanted, rtol=TOLERANCE, atol=TOLERANCE), name
 
 
-def test_cross_entropies_of_all_heads_are_one(monkeypatch):
-    """Not decomposed by vmap: one call with all heads' outputs."""
-    shapes, loss = [], functional.cross_entropy
-    monkeypatch.setattr(
-        functional,
-        "cross_entropy",
-        lambda output, *args, **more: shapes.append(output.shape) or loss(output, *args, **more),
-    )
+class Calls(TorchFunctionMode):
+    """Shapes of the first arguments that functions are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (functional.linear, functional.cross_entropy, torch.baddbmm):
+            self.shapes.append((func.__name__, tuple(args[1 if func is torch.baddbmm else 0].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_linear_layers_and_cross_entropies_of_all_heads_are_one():
+    """Not by vmap: one product on what heads share, a batch of products on what they do not, and one loss."""
     _, heads, _, batches, _ = together("mlp")
-    shapes.clear()
     x, y = next(iter(batches))
-    heads.losses(functional.cross_entropy, x, y)
-    assert shapes == [(BATCH * len(heads), CLASSES)]
+    with Calls() as calls:
+        heads.losses(functional.cross_entropy, x, y)
+    assert calls.shapes == [
+        ("linear", (BATCH, 12)),
+        ("baddbmm", (len(heads), BATCH, 12)),
+        ("cross_entropy", (BATCH * len(heads), CLASSES)),
+    ]
 
 
 def test_a_loss_of_what_no_head_makes_has_its_gradient():
