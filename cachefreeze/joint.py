@@ -80,7 +80,7 @@ class _Stack:
         self.before = torch.empty_like(weights)
         self._gradient = torch.zeros_like(weights)
         self._slices = self._gradient.unbind(0)
-        self._shown: dict[str, Any] | None = None  # the first head's state, as it was put there
+        self._shown: dict[str, Any] = {}  # the first head's state, as it was put there
         self._made: list[Any] = []  # what that is slices of
 
     def leaf(self) -> Tensor:
@@ -120,7 +120,7 @@ class _Stack:
 
         ``whole`` are entries that no head has slices of.
         """
-        first = of_heads.get(self.own[0], {})
+        first: dict[str, Any] = of_heads.get(self.own[0], {})
         if first is self._shown:
             # what no head has slices of may have been moved to another device
             joint[self.weights].update({key: first[key] for key in whole & first.keys()})
@@ -202,7 +202,7 @@ class JointUpdate:
         self._settings = sorted(set(optimizer.defaults) - {"lr"})
         self._count = len(optimizer.param_groups)
         self._groups = self._grouped()
-        self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        self._state: defaultdict[Tensor, Any] = defaultdict(dict)
 
     def leaf(self, name: str) -> Tensor:
         """All heads' weights for one forward, whose gradient is added to the heads' own: (heads, *shape)."""
@@ -274,7 +274,8 @@ class JointUpdate:
         return loss
 
     def _update(self) -> None:
-        optimizer, groups, shares = self._optimizer, [], []
+        optimizer, groups = self._optimizer, []
+        shares: list[tuple[_Stack, Tensor]] = []
         for group, members in zip(self._groups, self._members(), strict=True):
             largest, parts = group.shares([member["lr"] for member in members])
             groups.append({**members[0], "lr": largest, "params": [stack.weights for stack in group.stacks]})

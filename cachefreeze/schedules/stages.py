@@ -225,6 +225,10 @@ class Stages(Schedule):
         """Which stage runs now."""
         return sum(clock.step >= clock.step_of_epoch(end) for end in self._ends()[:-1])
 
+    def turns(self, clock: Clock) -> list[int]:
+        """Where stages begin."""
+        return [clock.step_of_epoch(end) for end in self._ends()[:-1]]
+
     def frozen(self, clock: Clock, ladder: Ladder) -> int:
         """What the stage freezes that runs now."""
         return self.stages[self.number(clock)].frozen(ladder)
