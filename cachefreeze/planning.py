@@ -254,16 +254,22 @@ def plan(
     listed = _with_boundary(listed_blocks(model, seen), boundary, model, usage)
     found = {block.name: _crossing(model, seen, autocast, block) for block in listed[1:]}
     sizes = {name: size for name, (size, _) in found.items()}
-    shares = {name: _shares(store, size, len(seen), device) for name, size in sizes.items() if size is not None}
     measured = measure(
         model,
         usage,
         [block.name for block in listed],
         [(train_loader, seen)],
-        tiers=sorted({tier for spread in shares.values() for tier in spread}),
+        tiers=(),
         autocast_dtype=autocast,
         training=Training(loss_fn=loss_fn, optimizer=optimizer),
     ).with_rows(sizes)
+    shares = {
+        name: _shares(store, size, len(seen), device)
+        for name, size in zip(measured.names, measured.row_bytes, strict=True)
+        if sizes.get(name) is not None
+    }
+    tiers = sorted({tier for spread in shares.values() for tier in spread})
+    measured = measured.with_speeds(tiers, device, min(train_loader.batch_size or 64, len(seen)))
     rows = [
         _predicted(at, block, measured, shares.get(block.name, {}), found[block.name][1])
         for at, block in enumerate(listed)

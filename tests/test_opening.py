@@ -108,10 +108,10 @@ def test_a_name_that_is_too_long(tmp_path):
 
 def test_a_loader_name_that_is_too_long(tmp_path):
     """Said before a file is made of it; what makes a file name that every file system takes is kept."""
-    with pytest.raises(UsageError, match=r"name='n{20}…'.* 307 characters .*expected 200 at most.*shorter name="):
+    with pytest.raises(UsageError, match=r"name='n{20}…'.* 309 characters .*expected 200 at most.*shorter name="):
         open_store(f"hdf5:{tmp_path}", replace(WANTED, name="n" * 300))
     assert list(tmp_path.iterdir()) == []
-    wanted = replace(WANTED, name="n" * (200 - len("-layer4")))
+    wanted = replace(WANTED, name="n" * (200 - len("-layer4.0")))
     open_store(f"hdf5:{tmp_path}", wanted).close()
     open_store(f"hdf5:{tmp_path}", wanted).close()
     assert len(list(tmp_path.glob("*.h5"))) == 1
