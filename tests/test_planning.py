@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -367,7 +368,7 @@ def test_rows_that_auto_would_spread(monkeypatch, tmp_path):
     wanted = opening.Wanted(
         spec=spec, fingerprint={}, attributes={}, device=torch.device("cpu"), name="a", boundary="b"
     )
-    with opening.open_store(f"auto:{folder}", wanted) as store:
+    with closing(opening.open_store(f"auto:{folder}", wanted)) as store:
         assert {tier.tier: tier.spec.rows / samples for tier in store.tiers} == {"host": share, "hdf5": 1 - share}
 
 
