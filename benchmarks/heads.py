@@ -76,11 +76,13 @@ def _epochs(width: int, count: int, kind: str, args: argparse.Namespace) -> dict
 
         return epoch
 
-    def several(compiled: bool) -> Callable[[], torch.Tensor]:
+    def several(compiled: bool = False, attached: bool = False) -> Callable[[], torch.Tensor]:
         engine, batches = prepared()
         heads = engine.heads(count)
         groups = [{"params": heads.parameters(i), "lr": 0.1 * rate} for i, rate in enumerate(rates)]
         optimizer = _OPTIMIZERS[kind](groups)
+        if attached:
+            heads.attach(optimizer)
         step = heads.compile_step(functional.cross_entropy, optimizer)
 
         def epoch() -> torch.Tensor:
@@ -113,9 +115,10 @@ def _epochs(width: int, count: int, kind: str, args: argparse.Namespace) -> dict
 
         return epoch
 
-    found = {"one": one(), "heads": several(False), "joined by hand": joined()}
+    found = {"one": one(), "heads": several(), "attached": several(attached=True), "joined by hand": joined()}
     if args.device == "cuda":  # needs CUDA
-        found["heads, compiled"] = several(True)
+        found["heads, compiled"] = several(compiled=True)
+        found["attached, compiled"] = several(compiled=True, attached=True)
     return found
 
 

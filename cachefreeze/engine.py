@@ -279,9 +279,13 @@ class Engine:
         return {key: value for key, value in batch.items() if key in arguments}
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on at the same epoch."""
+        """What :meth:`load_state_dict` needs to go on.
+
+        Taken inside the loop over :meth:`epochs` it stands for the end of the epoch that runs: take it when that epoch
+        has been trained. Outside, for the beginning of the next one; an epoch that was left by ``break`` comes again.
+        """
         staging = {} if self._staging is None else {"staging": self._staging.state_dict()}
-        return {"epoch": self.epoch, "place": self._following and self._following.place, **staging}
+        return {"epoch": self.epoch + self._running, "place": self._following and self._following.place, **staging}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""

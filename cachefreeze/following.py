@@ -148,6 +148,7 @@ class Following:
             self._move(place)
             if self._costs is not None and place:
                 self._costs = replace(self._costs, setup=time.perf_counter() - began)
+                self._path = []  # now that it is known, what is left is decided anew
         self.boundary = staging.boundary
 
     def end_epoch(self) -> None:
@@ -195,8 +196,9 @@ class Following:
     def _measured(self, upcoming: list[int], now: int) -> Costs | None:
         """What the epochs under the schedule are made of; None where they are evidently too few to cache anything.
 
-        A first move takes as long as it is predicted to, or twice as long. Where it would gain nothing then, that is
-        all that is measured: to find the fewest bytes of a row takes as long as a part of a move.
+        A first move takes as long as it is predicted to, or twice as long, and one that gains nothing then would gain
+        next to nothing at best. Where there is none left, that is all that is measured: to find the fewest bytes of a
+        row takes as long as a part of a move.
         """
         loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
         view, device = loaders[0][1], model_device(self._model)
@@ -222,7 +224,7 @@ class Following:
         if set(worthwhile(upcoming, longer, now)[0]) == {now}:
             return longer
         sizes = {block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)}
-        return seen.with_rows(sizes).costs_in(self._store, device, batch)
+        return replace(seen.with_rows(sizes).costs_in(self._store, device, batch), setup=longer.setup)
 
     def _move(self, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""
@@ -231,7 +233,9 @@ class Following:
         before, self._below = self.place or 0, self.cache
         self.parts, self.cache, self.place = None, None, place
         if boundary is not None:
-            self.parts = split_on(self._model, self._followed[0].view, self._autocast, boundary)
+            # in the very order that decided what is frozen
+            view, usage = self._followed[0].view, self._staging.usage
+            self.parts = split_on(self._model, view, self._autocast, boundary, usage)
             self.cache = self._promoting(self.parts, self._below if before < place else None)
         if self.cache is None or not self.cache.has_below:
             self._drop_below()

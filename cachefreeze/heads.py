@@ -1,7 +1,8 @@
 """Several trainable parts from one pass over the rows: each has weights of its own, and a place in your optimizer.
 
 The weights of all heads lie in one tensor per parameter, of which every head's own Parameter is a slice. A forward runs
-all heads at once (``torch.func.vmap``); what cannot run so runs one head after the other.
+all heads at once, linear layers as larger ones and everything else by ``torch.func.vmap``; what cannot run so runs one
+head after the other.
 """
 
 from __future__ import annotations
@@ -9,22 +10,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn import functional
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cachefreeze.batches import map_tensors
 from cachefreeze.compiled import CompiledStep
 from cachefreeze.errors import UsageError
 from cachefreeze.isolation import RandomState, preserved_random_state
+from cachefreeze.joint import JointUpdate, attach
+from cachefreeze.side_by_side import SharedInput, SideBySide, UnknownOperationError
 
 _LOG = logging.getLogger("cachefreeze")
 
@@ -88,9 +88,9 @@ class Heads:
         self._stacked = {name: _copies(p, count) for name, p in trained.items()}
         self._own = {name: [nn.Parameter(part) for part in self._stacked[name]] for name in trained}
         self._buffers: dict[str, Tensor] = {}
-        self._found: tuple[nn.Module, list[_Place], list[tuple[str, nn.Parameter]]] | None = None
-        self._decided: dict[bool, str | None] = {}  # by the model's mode: why heads run one after the other
+        self._found: dict[nn.Module, _Found] = {}
         self._names: dict[int, str] = {id(p): name for name, p in trained.items()}
+        self._joint: JointUpdate | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -105,7 +105,7 @@ class Heads:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs of all heads: every tensor of the model's output with a first dimension of ``count``."""
-        return self._run(lambda output: output, args, kwargs)
+        return self._run(None, args, kwargs)
 
     def losses(self, loss_fn: Callable[..., Tensor], inputs: Any, *targets: Any) -> Tensor:
         """(count,): each head's loss of one batch. Their sum's backward gives each head its own gradient.
@@ -118,6 +118,21 @@ class Heads:
         args, kwargs, targets = self._engine.arguments(inputs, *targets)
         losses: Tensor = self._run(lambda output: loss_fn(output, *targets), args, kwargs)
         return losses
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let ``optimizer.step`` be one update of all heads, where their groups differ in the learning rate alone.
+
+        Sixteen groups take as long as sixteen optimizers; this takes little longer than one. Groups, schedulers,
+        gradients and checkpoints stay each head's own. Equal within rounding, which is tried before.
+
+        Args:
+            optimizer: Of all heads' parameters and no others.
+
+        Raises:
+            UsageError: Groups differ in more than the rate, or the optimizer's update is not in proportion to the
+                rate, for every number on its own (LBFGS, Rprop, ASGD, Adafactor, Muon).
+        """
+        self._joint = attach(optimizer, self._stacked, self._own)
 
     def compile_step(self, loss_fn: Callable[..., Tensor], optimizer: Optimizer) -> CompiledStep:
         """As ``engine.compile_step``, for all heads: inputs and targets -> (count,) losses."""
@@ -145,34 +160,35 @@ class Heads:
             if name in self._buffers:
                 buffer.copy_(self._buffers[name][head])
 
-    def _run(self, then: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, then: Callable[[Any], Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, args, kwargs = self._engine.route(*args, **kwargs)
-        places = self._places(module)
+        found = self._places(module)
 
-        def one(tensors: list[Tensor], given: Any) -> Any:
+        def call(tensors: list[Tensor], given: Any) -> Any:
             args, kwargs = given
-            with _in_place(places, tensors):
-                return then(module(*args, **kwargs))
+            with _in_place(found.places, tensors):
+                return module(*args, **kwargs)
 
-        run = _Heads(one, self._tensors(places), (args, kwargs), self.count)
+        run = _Heads(call, then, self._tensors(found.places), (args, kwargs), self.count)
         training = self._engine.model.training
-        if training not in self._decided:
-            self._decided[training] = run.unfit()
-            if self._decided[training] is not None:
-                _LOG.info("heads run one after the other: %s", self._decided[training])
-        self.reason = self._decided[training]
+        if training not in found.ways:
+            found.ways[training] = run.fitting()
+            if found.ways[training].reason is not None:
+                _LOG.info("heads run one after the other: %s", found.ways[training].reason)
+        way = found.ways[training]
+        self.reason = way.reason
         self.how = "stacked" if self.reason is None else "loop"
-        return run.at_once() if self.reason is None else run.one_by_one()
+        return way.run(run)
 
-    def _places(self, module: nn.Module) -> list[_Place]:
+    def _places(self, module: nn.Module) -> _Found:
         """Where in ``module`` heads have tensors of their own; looked for once for every module."""
-        if self._found is None or self._found[0] is not module:
-            self._found = (module, *self._search(module))
-        _, places, frozen = self._found
-        thawed = next((name for name, parameter in frozen if parameter.requires_grad), None)
+        if module not in self._found:
+            self._found[module] = _Found(*self._search(module))
+        found = self._found[module]
+        thawed = next((name for name, parameter in found.frozen if parameter.requires_grad), None)
         if thawed is not None:
             raise UsageError(f"a {thawed} trains now and did not when the heads were made: make them anew")
-        return places
+        return found
 
     def _search(self, module: nn.Module) -> tuple[list[_Place], list[tuple[str, nn.Parameter]]]:
         """Places of parameters that train and of buffers, and the other parameters with their names."""
@@ -195,12 +211,14 @@ class Heads:
 
     def _tensors(self, places: list[_Place]) -> list[Tensor]:
         """(count, *shape) for every place; tied weights are one tensor."""
-        joined = {
-            key: _Joined.apply(self._stacked[key], *self._own[key])
-            for key in dict.fromkeys(place.key for place in places)
-            if key in self._own
-        }
+        joined = {key: self._trained(key) for key in dict.fromkeys(place.key for place in places) if key in self._own}
         return [joined[place.key] if place.key in joined else self._buffers[place.key] for place in places]
+
+    def _trained(self, key: str) -> Tensor:
+        if self._joint is not None and torch.is_grad_enabled():
+            return self._joint.leaf(key)
+        joined: Tensor = _Joined.apply(self._stacked[key], *self._own[key])
+        return joined
 
 
 @dataclass(frozen=True)
@@ -210,6 +228,34 @@ class _Place:
     entries: dict[str, Any]
     name: str
     key: str
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How all heads run.
+
+    Attributes:
+        run: One batch.
+        reason: Why one after the other, where they do.
+    """
+
+    run: Callable[[_Heads], Any]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is to know of a module that heads run.
+
+    Attributes:
+        places: Where heads have tensors of their own.
+        frozen: Its other parameters, with their names.
+        ways: By the model's mode, how heads run.
+    """
+
+    places: list[_Place]
+    frozen: list[tuple[str, nn.Parameter]]
+    ways: dict[bool, _Way] = field(default_factory=dict)
 
 
 @contextmanager
@@ -230,20 +276,41 @@ class _Heads:
     """One batch for all heads.
 
     Attributes:
-        one: Tensors of one head, and what the module is given -> what is asked for.
+        call: Tensors of one head, and what the module is given -> its output.
+        then: Output -> what is asked for in its place.
         tensors: Of all heads: (count, *shape) each.
         given: Arguments of the module; a head may write into them.
         count: Of heads.
     """
 
-    one: Callable[[list[Tensor], Any], Any]
+    call: Callable[[list[Tensor], Any], Any]
+    then: Callable[[Any], Any] | None
     tensors: list[Tensor]
     given: Any
     count: int
 
+    def one(self, tensors: list[Tensor], given: Any) -> Any:
+        """What is asked for, of one head."""
+        output = self.call(tensors, given)
+        return output if self.then is None else self.then(output)
+
+    def side_by_side(self) -> Any:
+        """Every tensor with a first dimension of ``count``; operations of all heads are larger ones."""
+        with SideBySide(self.tensors) as heads:
+            output = self.call(self.tensors, self.given)
+        output = heads.with_heads(output, self.count)
+        if self.then is None:
+            return output
+        try:
+            with SideBySide([output] if isinstance(output, Tensor) else pytree.tree_leaves(output)) as heads:
+                found = self.then(output)
+            return heads.with_heads(found, self.count)
+        except UnknownOperationError:
+            return vmap(self.then, randomness="same")(output)
+
     def at_once(self) -> Any:
-        """Every tensor with a first dimension of ``count``."""
-        with _SharedInput():
+        """The same, by vmap."""
+        with SharedInput():
             return vmap(self.one, in_dims=(0, None), randomness="same")(self.tensors, self.given)
 
     def one_by_one(self) -> Any:
@@ -252,20 +319,30 @@ class _Heads:
             outputs = [self.one([tensor[0] for tensor in self.tensors], self.given)]
         else:
             state = RandomState.capture()
+            of_heads = [tensor.unbind(0) for tensor in self.tensors]
             outputs = []
             for head in range(self.count):
                 state.restore()
-                tensors = [tensor[head] for tensor in self.tensors]
+                tensors = [parts[head] for parts in of_heads]
                 outputs.append(self.one(tensors, map_tensors(Tensor.clone, self.given)))
         return pytree.tree_map(_together, *outputs)
 
     @torch.no_grad()
-    def unfit(self) -> str | None:
-        """Why the heads cannot run at once, by running this batch both ways. Buffers and random states stay."""
-        drawn, wanted = self._tried(_Heads.one_by_one)
+    def fitting(self) -> _Way:
+        """The first way that gives what one head after the other gives; of this batch, which it leaves as it is."""
+        wanted = self._tried(_Heads.one_by_one)
+        reason = None
+        for way in (_Heads.side_by_side, _Heads.at_once):
+            reason = self._unfit(way, *wanted)
+            if reason is None:
+                return _Way(way)
+        return _Way(_Heads.one_by_one, reason)
+
+    def _unfit(self, way: Callable[[_Heads], Any], drawn: RandomState, wanted: list[Tensor]) -> str | None:
+        """Why the heads cannot run so. Buffers and random states stay."""
         try:
-            also_drawn, found = self._tried(_Heads.at_once)
-        except Exception as error:  # whatever vmap cannot do, a loop can
+            also_drawn, found = self._tried(way)
+        except Exception as error:  # whatever cannot be done at once, a loop can
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if drawn.key != also_drawn.key:
             return "all at once they draw other random numbers than each alone"
@@ -304,84 +381,3 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *gradients[0].unbind(0)
-
-
-# What ``CrossEntropyLoss`` says beside ``ignore_index`` where it is made without arguments.
-_PLAIN = {"weight": None, "size_average": None, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
-
-
-class _SharedInput(TorchFunctionMode):
-    """What heads share need not be as often as there are heads, as it is for vmap: inputs of layers, and targets.
-
-    Linear layers of all heads on one input are one matrix product, and their cross entropies with one target are that
-    of a picture with a head at each pixel, in a third of the time.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.linear and not kwargs and len(args) == 3:
-            return _SharedLinear.apply(*args)
-        if func is functional.cross_entropy and len(args) == 2 and _is_plain(kwargs):
-            output, target = args
-            if output.dim() == 2 and target.dim() == 1:
-                return _SharedTarget.apply(output, target, kwargs.get("ignore_index", -100))
-        return func(*args, **kwargs)
-
-
-class _SharedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(input, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # weights that train differ between heads and go through vmap below: here are frozen ones only
-        (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight.to(gradients[0].dtype), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-        if in_dims[0] is not None or in_dims[1] != 0 or (bias is not None and in_dims[2] != 0):
-            return vmap(functional.linear, in_dims=in_dims)(input, weight, bias), 0
-        joined = functional.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return joined.view(*joined.shape[:-1], info.batch_size, -1), joined.dim() - 1
-
-
-def _is_plain(kwargs: dict[str, Any]) -> bool:
-    return all(key == "ignore_index" or (key in _PLAIN and value == _PLAIN[key]) for key, value in kwargs.items())
-
-
-class _SharedTarget(torch.autograd.Function):
-    """The mean cross entropy of (N, classes) with (N,) classes."""
-
-    @staticmethod
-    def forward(output: Tensor, target: Tensor, ignored: int) -> Tensor:
-        return functional.cross_entropy(output, target, ignore_index=ignored)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.ignored = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # what trains differs between heads and goes through vmap below
-        output, target = ctx.saved_tensors
-        with torch.enable_grad():
-            again = output.detach().requires_grad_()
-            loss = functional.cross_entropy(again, target, ignore_index=ctx.ignored)
-        return torch.autograd.grad(loss, again, gradients[0])[0], None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, output: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, int]:
-        if in_dims[0] is None or in_dims[1] is not None:
-            alone = partial(functional.cross_entropy, ignore_index=ignored)
-            return vmap(alone, in_dims=in_dims[:2])(output, target), 0
-        pixels = output.movedim(in_dims[0], 2).contiguous()
-        targets = target.unsqueeze(1).expand(-1, info.batch_size).contiguous()
-        each = functional.cross_entropy(pixels, targets, ignore_index=ignored, reduction="none")
-        return each.sum(0) / (target != ignored).sum(), 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from cachefreeze.batches import map_tensors
 from cachefreeze.errors import CorruptRowError, LoaderError
@@ -271,6 +271,14 @@ def check_loader(dataloader: Any) -> None:
         raise LoaderError(
             f"{type(dataloader.dataset).__name__} is an iterable dataset: its samples have no indices, so no row can "
             "belong to one; use a map-style dataset (__getitem__ and __len__)"
+        )
+    inner = dataloader.dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    if hasattr(inner, "__getitems__") and getattr(type(inner), "__getitem__", None) is Dataset.__getitem__:
+        raise LoaderError(
+            f"{type(inner).__name__} has __getitems__ and no __getitem__: expected samples that can be had one by one, "
+            "since a row is of one; add: def __getitem__(self, index): return self.__getitems__([index])[0]"
         )
     if dataloader.batch_sampler is None:
         raise LoaderError("batch_size=None turns batching off; give the DataLoader a batch_size or a batch_sampler")

@@ -275,7 +275,13 @@ class CacheManager:
         self._rows.clear()
 
 
-def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundary: str | None = None) -> Parts:
+def split_on(
+    model: nn.Module,
+    view: View,
+    autocast: torch.dtype | None,
+    boundary: str | None = None,
+    usage: Usage | None = None,
+) -> Parts:
     """Split a model on some of the samples that are to be cached, in the autocast state that rows are made in.
 
     Args:
@@ -283,14 +289,21 @@ def split_on(model: nn.Module, view: View, autocast: torch.dtype | None, boundar
         view: The samples.
         autocast: Autocast dtype of the prefix; None: without.
         boundary: To split at; None: the first trainable block.
+        usage: What a forward of such samples uses; None: it is recorded.
     """
-    return split_at(model, view, *recorded(model, view, autocast), autocast, boundary)
+    if usage is None:
+        return split_at(model, view, *recorded(model, view, autocast), autocast, boundary)
+    return split_at(model, view, _some_of(model, view), usage, autocast, boundary)
+
+
+def _some_of(model: nn.Module, view: View) -> Example:
+    return example_of(model, view.example()).to(model_device(model))
 
 
 def recorded(model: nn.Module, view: View, autocast: torch.dtype | None) -> tuple[Example, Usage]:
     """Some of the samples, and what a forward of them uses in the autocast state that rows are made in."""
     device = model_device(model)
-    example = example_of(model, view.example()).to(device)
+    example = _some_of(model, view)
     with under_autocast(device, autocast):
         return example, usage_for(model, example)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from cachefreeze.running import NumericMode, forward_arguments, model_device
 from cachefreeze.samples import View
 from cachefreeze.splitting import Parts
 from cachefreeze.stores.memory import free_device_bytes, free_host_bytes
-from cachefreeze.stores.opening import fitting_tier
+from cachefreeze.stores.opening import fitting_shares, free_bytes_at
 from cachefreeze.tracing import Usage, record_usage
 
 
@@ -44,7 +42,9 @@ class BoundaryPlan:
         forward_removed: Share of the forward's FLOPs that caching removes, 0 to 1.
         bytes_per_sample: Of a row, with the fields beside it; None where the model cannot be cut here.
         nbytes: Of all rows.
-        tier: Where they fit: ``device``, ``host`` or ``hdf5:DIR``; None where nowhere.
+        tier: Where they fit: ``device``, ``host`` or ``hdf5:DIR``; ``mixed`` where ``auto`` would spread them over
+            several; None where nowhere.
+        shares: Of the rows in each of these tiers, 0 to 1, fastest first.
         frozen_seconds: An epoch with everything before the boundary frozen, without a cache.
         fill_seconds: The first epoch: rows are written while it trains.
         cached_seconds: Every further epoch.
@@ -58,6 +58,7 @@ class BoundaryPlan:
     bytes_per_sample: int | None
     nbytes: int | None
     tier: str | None
+    shares: dict[str, float]
     frozen_seconds: float
     fill_seconds: float | None
     cached_seconds: float | None
@@ -149,7 +150,7 @@ class Plan:
         if best is not None:
             many = "epoch" if best.break_even_epochs == 1 else "epochs"
             return (
-                f"train_from={best.boundary} on {best.tier}: {best.speedup:.3g}x per epoch, "
+                f"train_from={best.boundary} on {_place(best)}: {best.speedup:.3g}x per epoch, "
                 f"pays after {best.break_even_epochs} {many}{self._with_optimized}"
             )
         where = "at any boundary" if self.boundary is None else f"at {self.boundary!r}"
@@ -253,18 +254,24 @@ def plan(
     listed = _with_boundary(listed_blocks(model, seen), boundary, model, usage)
     found = {block.name: _crossing(model, seen, autocast, block) for block in listed[1:]}
     sizes = {name: size for name, (size, _) in found.items()}
-    tiers = {name: _tier(store, size * len(seen), device) for name, size in sizes.items() if size is not None}
     measured = measure(
         model,
         usage,
         [block.name for block in listed],
         [(train_loader, seen)],
-        tiers=sorted({tier for tier in tiers.values() if tier is not None}),
+        tiers=(),
         autocast_dtype=autocast,
         training=Training(loss_fn=loss_fn, optimizer=optimizer),
     ).with_rows(sizes)
+    shares = {
+        name: _shares(store, size, len(seen), device)
+        for name, size in zip(measured.names, measured.row_bytes, strict=True)
+        if sizes.get(name) is not None
+    }
+    tiers = sorted({tier for spread in shares.values() for tier in spread})
+    measured = measured.with_speeds(tiers, device, min(train_loader.batch_size or 64, len(seen)))
     rows = [
-        _predicted(at, block, measured, tiers.get(block.name), found[block.name][1])
+        _predicted(at, block, measured, shares.get(block.name, {}), found[block.name][1])
         for at, block in enumerate(listed)
         if at
     ]
@@ -307,6 +314,7 @@ def _verified(made: Plan, model: nn.Module, view: View, autocast: torch.dtype | 
                 bytes_per_sample=None,
                 nbytes=None,
                 tier=None,
+                shares={},
                 fill_seconds=None,
                 cached_seconds=None,
                 break_even_epochs=None,
@@ -349,15 +357,19 @@ def _crossing(
         return None, str(error)
 
 
-def _tier(store: str, nbytes: int, device: torch.device) -> str | None:
+def _shares(store: str, row_bytes: int, rows: int, device: torch.device) -> dict[str, float]:
+    """The share of the rows in each tier; {} where there is no room."""
     kind, _, place = store.partition(":")
     if kind == "auto":
-        return fitting_tier(nbytes, device, place)
-    free = {"device": free_device_bytes(device), "host": free_host_bytes()}.get(kind, _free_disk(place))
-    return measured_tier(store, nbytes, device) if free is None or nbytes <= free else None
+        return fitting_shares(row_bytes, rows, device, place)
+    nbytes = row_bytes * rows
+    free = {"device": free_device_bytes(device), "host": free_host_bytes()}.get(kind, free_bytes_at(place))
+    return {measured_tier(store, nbytes, device): 1.0} if free is None or nbytes <= free else {}
 
 
-def _predicted(at: int, block: Block, measured: Measurement, tier: str | None, reason: str | None) -> BoundaryPlan:
+def _predicted(
+    at: int, block: Block, measured: Measurement, shares: dict[str, float], reason: str | None
+) -> BoundaryPlan:
     """One row of the table: the costs of frozen blocks and inputs, and the steps from the boundary on."""
     size = None if reason is not None else measured.row_bytes[at]
     removed = block.forward_before
@@ -366,19 +378,21 @@ def _predicted(at: int, block: Block, measured: Measurement, tier: str | None, r
     training = measured.batches * measured.steps[at]
     frozen = measured.samples * (measured.fetch + sum(measured.forward[:at])) + training
     fill = cached = even = None
-    if reason is None and tier is None:
+    if reason is None and not shares:
         reason = "no tier has room for its rows; give a folder: store='auto:DIR'"
-    elif tier is not None:
-        costs = measured.costs(tier)
-        cached = costs.epoch(at, at) + training
-        fill = costs.move(0, at, 1) - costs.setup + cached
+    elif shares:
+        # rows that are spread are read and written where each lies
+        costs = [(measured.costs(tier), share) for tier, share in shares.items()]
+        cached = sum(share * cost.epoch(at, at) for cost, share in costs) + training
+        fill = sum(share * (cost.move(0, at, 1) - cost.setup) for cost, share in costs) + cached
         even = _break_even(measured.setup + fill, cached, frozen)
     return BoundaryPlan(
         boundary=block.name,
         forward_removed=removed,
         bytes_per_sample=size,
         nbytes=None if size is None else size * measured.samples,
-        tier=tier,
+        tier="mixed" if len(shares) > 1 else next(iter(shares), None),
+        shares=shares,
         frozen_seconds=frozen,
         fill_seconds=fill,
         cached_seconds=cached,
@@ -398,14 +412,7 @@ def _break_even(first: float, cached: float, frozen: float) -> int | None:
 def _free(store: str, device: torch.device) -> dict[str, int | None]:
     found = {} if device.type == "cpu" else {"device": free_device_bytes(device)}
     place = store.partition(":")[2]
-    return {**found, "host": free_host_bytes(), **({"disk": _free_disk(place)} if place else {})}
-
-
-def _free_disk(place: str) -> int | None:
-    """Bytes that are free where a folder is, or would be made."""
-    path = Path(place).expanduser().absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    return {**found, "host": free_host_bytes(), **({"disk": free_bytes_at(place)} if place else {})}
 
 
 def _cells(row: BoundaryPlan) -> tuple[str, ...]:
@@ -414,13 +421,19 @@ def _cells(row: BoundaryPlan) -> tuple[str, ...]:
         f"{row.forward_removed:.1%}",
         "-" if row.bytes_per_sample is None else short_bytes(row.bytes_per_sample),
         "-" if row.nbytes is None else short_bytes(row.nbytes),
-        "-" if row.tier is None else row.tier.partition(":")[0],
+        "+".join(tier.partition(":")[0] for tier in row.shares) or "-",
         _seconds(row.frozen_seconds),
         "-" if row.fill_seconds is None else _seconds(row.fill_seconds),
         "-" if row.cached_seconds is None else _seconds(row.cached_seconds),
         "-" if row.speedup is None else f"{row.speedup:.3g}x",
         "never" if row.break_even_epochs is None else f"{row.break_even_epochs}",
     )
+
+
+def _place(row: BoundaryPlan) -> str:
+    if len(row.shares) == 1:
+        return str(row.tier)
+    return " and ".join(f"{tier} ({share:.0%} of the rows)" for tier, share in row.shares.items())
 
 
 def _seconds(seconds: float) -> str:

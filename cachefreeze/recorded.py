@@ -177,12 +177,14 @@ def make_capturable(optimizer: Optimizer) -> None:
         )
     # torch would warn, once, that a capturable optimizer steps outside a graph: that is how a recording is checked
     optimizer._warned_capturable_if_run_uncaptured = True
+    moved: dict[int, Tensor] = {}  # what several parameters share stays shared
     for group in optimizer.param_groups:
         group["capturable"] = True
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].to(parameter.device, torch.float32)
+                counted = moved.setdefault(id(state["step"]), state["step"].to(parameter.device, torch.float32))
+                state["step"] = counted
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

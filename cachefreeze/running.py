@@ -63,5 +63,5 @@ def convolves_in_tf32() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:
-        precision: Any = torch.backends.cudnn.conv
-        return bool(precision.fp32_precision == "tf32")
+        cudnn: Any = torch.backends.cudnn
+        return bool(cudnn.conv.fp32_precision == "tf32")

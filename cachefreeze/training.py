@@ -228,7 +228,7 @@ class Trainer:
             return
         state = {
             "config": self._config,
-            "engine": {**self.engine.state_dict(), "epoch": self.engine.epoch + 1},
+            "engine": self.engine.state_dict(),
             "model": self.engine.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": checkpoints.random_state(),

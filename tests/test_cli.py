@@ -414,3 +414,9 @@ def test_flowers(capfd, tmp_path, data_dir, boundary):
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
     if boundary == "classifier":
         assert reports[0]["epochs"][-1]["val_accuracy"] > 0.8
+
+
+def test_the_package_is_the_command():
+    """``python -m cachefreeze`` is the command itself."""
+    command = [sys.executable, "-m", "cachefreeze", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("cachefreeze ")

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
 from cachefreeze.errors import UsageError
+from cachefreeze.heads import _Heads
 
 COUNT, BATCH, CLASSES = 36, 8, 5
 RATES = (0.3, 0.1, 0.01)
@@ -155,13 +157,13 @@ def test_outputs_and_gradients():
     assert set(heads.named_parameters(0)) == {"body.0.weight", "body.0.bias", "head.weight", "head.bias"}
 
 
-def test_rows_stay_for_every_head():
+def test_rows_stay_for_every_head(monkeypatch):
     """A suffix that writes into its rows spoils them for no other head, one after the other as at once."""
     engine, batches = loaded(made("in place"))
     x, y = next(iter(batches))
     alone = functional.cross_entropy(engine(x.to(torch.float32, copy=True)), y)
     heads = engine.heads(2)
-    heads._decided[True] = "for this test"
+    monkeypatch.setattr(_Heads, "side_by_side", _Heads.one_by_one)
     losses = heads.losses(functional.cross_entropy, x, y)
     assert torch.equal(losses, torch.stack([alone, alone]))
 
@@ -222,19 +224,30 @@ def test_a_loss_is_each_head_s_own(loss_fn):
             assert torch.allclose(parameter.grad, wanted, rtol=TOLERANCE, atol=TOLERANCE), name
 
 
-def test_cross_entropies_of_all_heads_are_one(monkeypatch):
-    """Not decomposed by vmap: what is called once for all heads is the loss of a picture with a head at each pixel."""
-    shapes, loss = [], functional.cross_entropy
-    monkeypatch.setattr(
-        functional,
-        "cross_entropy",
-        lambda output, *args, **more: shapes.append(output.shape) or loss(output, *args, **more),
-    )
+class Calls(TorchFunctionMode):
+    """Shapes of the first arguments that functions are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (functional.linear, functional.cross_entropy, torch.baddbmm):
+            self.shapes.append((func.__name__, tuple(args[1 if func is torch.baddbmm else 0].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_linear_layers_and_cross_entropies_of_all_heads_are_one():
+    """Not by vmap: one product on what heads share, a batch of products on what they do not, and one loss."""
     _, heads, _, batches, _ = together("mlp")
-    shapes.clear()
     x, y = next(iter(batches))
-    heads.losses(functional.cross_entropy, x, y)
-    assert (BATCH, CLASSES, len(heads)) in shapes
+    with Calls() as calls:
+        heads.losses(functional.cross_entropy, x, y)
+    assert calls.shapes == [
+        ("linear", (BATCH, 12)),
+        ("baddbmm", (len(heads), BATCH, 12)),
+        ("cross_entropy", (BATCH * len(heads), CLASSES)),
+    ]
 
 
 def test_a_loss_of_what_no_head_makes_has_its_gradient():

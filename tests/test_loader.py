@@ -18,6 +18,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -335,6 +336,16 @@ class Stream(IterableDataset):
         yield torch.zeros(4), 0
 
 
+class InBatches(Dataset):
+    """Fetched by batches alone, as torch allows where a loader makes batches."""
+
+    def __len__(self):
+        return 8
+
+    def __getitems__(self, indices):
+        return [(torch.zeros(4), index) for index in indices]
+
+
 class Text(Numbered):
     def __getitem__(self, index):
         return torch.zeros(4), f"sample {index}"
@@ -358,6 +369,8 @@ def ascending(samples):
     [
         (lambda: DataLoader(Numbered(), 4, collate_fn=ascending), BatchDependentError, "does not keep their order"),
         (lambda: DataLoader(Stream(), 4), LoaderError, "iterable"),
+        (lambda: DataLoader(InBatches(), 4), LoaderError, "InBatches has __getitems__ and no __getitem__.*one by one"),
+        (lambda: DataLoader(Subset(InBatches(), [1, 2]), 2), LoaderError, "InBatches has __getitems__"),
         (lambda: DataLoader(Numbered(), batch_size=None), LoaderError, "batch_size=None"),
         (lambda: [1, 2], LoaderError, "DataLoader"),
         (lambda: DataLoader(Text(), 4), FieldError, "'1.*str"),

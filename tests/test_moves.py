@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cachefreeze as cf
-from cachefreeze import following
+from cachefreeze import following, manager
 from cachefreeze.following import Following
-from cachefreeze.measuring import listed_blocks, measure
-from cachefreeze.moves import Costs, best_path, staying, too_short
+from cachefreeze.measuring import listed_blocks, look_at, measure
+from cachefreeze.moves import Costs, best_path, staying, too_short, worthwhile
 from cachefreeze.samples import View
 from cachefreeze.schedules import Ladder
 from cachefreeze.tracing import record_usage
@@ -225,6 +225,33 @@ def test_the_cached_boundary_may_lag_behind_the_frozen_one(monkeypatch):
     seen, _ = follow(given, monkeypatch, epochs=6, schedule=cf.Stages(EACH_EPOCH))
     assert [cached for cached, _, _ in seen] == [None, "1", "1", "1", "1", "1"]
     assert seen[-1][1:] == ("3", "cached")
+
+
+def test_what_a_move_took_decides_about_the_next_one(monkeypatch):
+    """Splitting was predicted to take longer than the blocks behind the first one could ever save."""
+    given = costs([100, 1, 1, 1], setup=1000)
+    monkeypatch.setattr(manager, "recorded", lambda *_: pytest.fail("the schedule knows the order of use"))
+    seen, engine = follow(given, monkeypatch, epochs=60, schedule=cf.Stages(EACH_EPOCH))
+    assert seen[1][0] == "1"
+    assert seen[-1][0] == "3"
+    assert [decision.epoch for decision in engine.decisions][:2] == [1, 2]
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_a_first_move_is_decided_as_if_it_took_twice_as_long(monkeypatch):
+    looks, setups = [], []
+    monkeypatch.setattr(following, "look_at", lambda *given: looks.append(look_at(*given)) or looks[-1])
+    monkeypatch.setattr(
+        following,
+        "worthwhile",
+        lambda upcoming, given, now: setups.append(given.setup) or worthwhile(upcoming, given, now),
+    )
+    engine = cf.Engine(slow_model(), "host", schedule=cf.AllButLast(1, start=0.05))
+    loader = engine.loader(batches())
+    for _ in engine.epochs(80):
+        list(loader)
+    assert loader.source == "cached"
+    assert setups[:2] == [2 * looks[0].setup] * 2, "before blocks are listed, and after"
 
 
 @pytest.mark.usefixtures("slept_time")

@@ -106,6 +106,17 @@ def test_a_name_that_is_too_long(tmp_path):
         open_store(f"hdf5:{tmp_path / ('d' * 300)}", WANTED)
 
 
+def test_a_loader_name_that_is_too_long(tmp_path):
+    """Said before a file is made of it; what makes a file name that every file system takes is kept."""
+    with pytest.raises(UsageError, match=r"name='n{20}…'.* 309 characters .*expected 200 at most.*shorter name="):
+        open_store(f"hdf5:{tmp_path}", replace(WANTED, name="n" * 300))
+    assert list(tmp_path.iterdir()) == []
+    wanted = replace(WANTED, name="n" * (200 - len("-layer4.0")))
+    open_store(f"hdf5:{tmp_path}", wanted).close()
+    open_store(f"hdf5:{tmp_path}", wanted).close()
+    assert len(list(tmp_path.glob("*.h5"))) == 1
+
+
 def test_a_path_is_no_tier(tmp_path):
     with pytest.raises(UsageError, match=r"store=PosixPath.*expected 'auto', 'device', 'host', 'hdf5:DIR'"):
         open_store(tmp_path, WANTED)

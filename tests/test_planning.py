@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from cachefreeze.moves import Costs, worthwhile
 from cachefreeze.planning import _break_even
 from cachefreeze.samples import View
 from cachefreeze.stores import opening
+from cachefreeze.testing.specs import one_field
 from cachefreeze.tracing import Example, record_usage
 
 
@@ -343,6 +345,33 @@ def test_the_tier_is_the_one_that_fits(monkeypatch, tmp_path):
     assert {row.tier for row in on_disk.rows} == {f"hdf5:{tmp_path}"}
     assert list(tmp_path.iterdir()) == [], "what was written to measure is gone"
     assert measured_tier(f"hdf5:{tmp_path}/one.h5", 1, torch.device("cpu")) == f"hdf5:{tmp_path}"
+
+
+@pytest.mark.usefixtures("slept_time")
+def test_rows_that_auto_would_spread(monkeypatch, tmp_path):
+    """Where no tier has room for all rows, and together they have: shown as the store would be made."""
+    model, samples = slow_model(), 40
+    rows = cf.plan(model, batches(samples=samples), epochs=50).rows
+    room = rows[-1].nbytes
+    monkeypatch.setattr(opening, "free_host_bytes", lambda: int(room * 0.6 / opening._HOST_SHARE))
+    monkeypatch.setattr(opening, "free_disk_bytes", lambda folder: int(room * 0.7 / opening._DISK_SHARE))
+    folder = tmp_path / "not" / "made"
+    plan = cf.plan(model, batches(samples=samples), epochs=50, store=f"auto:{folder}")
+    row = plan.rows[-1]
+    assert row.tier == "mixed"
+    assert list(row.shares) == ["host", f"hdf5:{folder}"]
+    assert sum(row.shares.values()) == 1
+    assert list(folder.iterdir()) == [], "what was written to measure is gone"
+    assert " host+hdf5 " in str(plan)
+    advised = replace(plan, rows=(row,))
+    share = row.shares["host"]
+    assert f"on host ({share:.0%} of the rows) and hdf5:{folder} ({1 - share:.0%} of the rows)" in advised.advice
+    spec = one_field(shape=(row.bytes_per_sample,), rows=samples, dtype=torch.uint8)
+    wanted = opening.Wanted(
+        spec=spec, fingerprint={}, attributes={}, device=torch.device("cpu"), name="a", boundary="b"
+    )
+    with closing(opening.open_store(f"auto:{folder}", wanted)) as store:
+        assert {tier.tier: tier.spec.rows / samples for tier in store.tiers} == {"host": share, "hdf5": 1 - share}
 
 
 def test_speeds_are_of_the_store(tmp_path):

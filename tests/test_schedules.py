@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,19 @@ def test_freezeout_without_annealing_decides_only_when():
         assert decided.factors == tuple(float(i >= decided.frozen) for i in range(6))
 
 
-@pytest.mark.parametrize("wrong", [{"t0": 0}, {"t0": 1.1}, {"t0": "0.8"}, {"t0": math.nan}, {"how": "quartic"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"t0": 0},
+        {"t0": 1.1},
+        {"t0": "0.8"},
+        {"t0": math.nan},
+        {"how": "quartic"},
+        {"how": ["cubic"]},
+        {"scale_lr": "no"},
+        {"anneal": 0},
+    ],
+)
 def test_freezeout_refuses_nonsense(wrong):
     with pytest.raises(ScheduleError, match=next(iter(wrong))):
         cf.FreezeOut(**wrong)
@@ -250,6 +263,8 @@ def test_stages_by_container_number_and_transition_epoch():
         ([{"epochs": -1}, {}], "above 0"),
         ([{"train_from": ""}], "name of a block"),
         ([{"modules": "conv1"}], "list of names"),
+        ([{"modules": ["conv1", "layer1*", "conv1"]}], "'conv1' is there twice"),
+        (5, "a list of stages"),
         ([{"train_last": 1.5}], "whole number"),
         ([{}, {"train_from": "fc"}], "stage 1 is never reached"),
         ([{"epochs": 4}, {"max_transition_epoch": 4}, {}], "stage 1 is never reached"),
@@ -452,6 +467,21 @@ def test_a_timeline_says_what_the_schedule_decides_at_every_step():
         assert frozen == [i < schedule.frozen(clock(step, 100), blocks) for i in range(6)]
     for step, factors in zip(shown.steps, shown.factors, strict=True):
         assert factors == schedule.factors(clock(step, 100), blocks)
+
+
+def test_a_long_run_is_shown_at_once():
+    """Moves are found by bisection: as the schedule decides, at the very step, however many steps there are."""
+    steps = 23 * 10**8
+    shown = timeline(cf.FreezeOut(), ladder(5), steps=steps, epochs=10**8)
+    run = Clock(step=0, steps=steps, epochs=10**8)
+    assert [step for step, _ in shown.moves] == [0, *(run.step_of(r) for r in cf.FreezeOut().ratios(5))]
+    stages = cf.Stages([{"train_from": "fc", "epochs": 2}, {"epochs": 1}, {"train_from": "layer2.0"}])
+    assert [step for step, _ in timeline(stages, RESNET, steps=steps, epochs=10**8).moves] == [0, 46, 69]
+    for schedule in (cf.FreezeOut(), cf.GradualUnfreezing(every=300), cf.AllButLast(2, start=0.3)):
+        shown = timeline(schedule, ladder(6), steps=9_000, epochs=1_000)
+        each = [schedule.frozen(Clock(step=step, steps=9_000, epochs=1_000), ladder(6)) for step in range(9_000)]
+        changes = [(step, now) for step, (then, now) in enumerate(pairwise(each), 1) if then != now]
+        assert shown.moves == ((0, each[0]), *changes)
 
 
 def test_a_block_that_thaws_and_freezes_again_has_two_spans():

@@ -401,6 +401,40 @@ def test_wrong_use_is_named():
         cf.Engine(model, schedule=cf.AllButLast(1))
 
 
+@pytest.mark.parametrize("last", range(EPOCHS - 1))
+@pytest.mark.parametrize("schedule", [cf.FreezeOut(0.3), cf.Stages([{"epochs": 1}, {"train_from": "b"}])])
+def test_a_loop_of_ones_own_resumes_from_a_state_saved_at_an_epochs_end(schedule, last, tmp_path):
+    """Saved inside the loop, where a script saves: the next run goes on with the epoch after."""
+    saved, store = {}, f"hdf5:{tmp_path}"
+
+    def run(state=None, until=EPOCHS, store="host"):
+        model, engine, batches = made(schedule, store)
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        engine.attach(optimizer)
+        parts = {"model": model, "optimizer": optimizer, "engine": engine}
+        torch.manual_seed(2)
+        if state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["random"])
+            batches.dataloader.generator.set_state(state["order"])
+        for epoch in engine.epochs(EPOCHS):
+            model.train()
+            for x, y in batches:
+                step(engine, optimizer, x, y)
+            if epoch == until:
+                saved.update({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+                saved.update(random=torch.get_rng_state(), order=batches.dataloader.generator.get_state())
+                break
+        engine.close()
+        return model.state_dict()
+
+    wanted = run()
+    run(until=last, store=store)
+    got = run(saved, store=store)
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
 def test_a_state_of_another_length_or_schedule_is_refused():
     def at(schedule):
         return made(schedule)[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -187,6 +188,10 @@ class Schedule(ABC):
     def at(self, clock: Clock, ladder: Ladder) -> Decision:
         """The decision before the step that ``clock`` stands at."""
         return Decision(self.frozen(clock, ladder), self.factors(clock, ladder))
+
+    def turns(self, clock: Clock) -> Sequence[int]:
+        """Steps between which the number of frozen blocks only grows, or only falls."""
+        return ()
 
     def check(self, clock: Clock, ladder: Ladder) -> None:
         """Refuse a run or a model that this schedule cannot drive; called once, before training.

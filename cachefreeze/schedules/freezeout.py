@@ -39,8 +39,11 @@ class FreezeOut(Schedule):
 
     def __post_init__(self) -> None:
         in_range("t0", self.t0, 0, 1, low_open=True)
-        if self.how not in _POWERS:
+        if self.how not in tuple(_POWERS):
             raise ScheduleError(f"how={self.how!r}: expected one of {', '.join(_POWERS)}")
+        for name in ("scale_lr", "anneal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ScheduleError(f"{name}={getattr(self, name)!r}: expected True or False")
 
     @property
     def drives_rates(self) -> bool:

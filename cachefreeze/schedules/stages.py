@@ -51,6 +51,9 @@ class Stage:
             isinstance(self.modules, tuple) and self.modules and all(isinstance(name, str) for name in self.modules)
         ):
             raise ScheduleError(f"modules={self.modules!r}: expected a list of names or patterns")
+        twice = next((name for name in self.modules or () if list(self.modules or ()).count(name) > 1), None)
+        if twice is not None:
+            raise ScheduleError(f"modules={list(self.modules or ())}: {twice!r} is there twice")
         for name in ("epochs", "max_transition_epoch"):
             if getattr(self, name) is not None:
                 in_range(name, getattr(self, name), 0, 1e9, low_open=True)
@@ -122,7 +125,7 @@ class Stages(Schedule):
     stages: tuple[Stage, ...]
 
     def __init__(self, stages: Sequence[Stage | Mapping[str, Any]]) -> None:
-        if not stages or isinstance(stages, str | Mapping):
+        if not stages or isinstance(stages, str | Mapping) or not isinstance(stages, Sequence):
             raise ScheduleError(f"stages={stages!r}: expected a list of stages, at least one")
         made = []
         for number, stage in enumerate(stages):
@@ -224,6 +227,10 @@ class Stages(Schedule):
     def number(self, clock: Clock) -> int:
         """Which stage runs now."""
         return sum(clock.step >= clock.step_of_epoch(end) for end in self._ends()[:-1])
+
+    def turns(self, clock: Clock) -> list[int]:
+        """Where stages begin."""
+        return [clock.step_of_epoch(end) for end in self._ends()[:-1]]
 
     def frozen(self, clock: Clock, ladder: Ladder) -> int:
         """What the stage freezes that runs now."""

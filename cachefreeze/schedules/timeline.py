@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,6 +11,8 @@ from cachefreeze.schedules.base import Clock, Ladder, Schedule
 
 # Share of training before which freezing costs accuracy: what a block has not learned by then it never will.
 TOO_EARLY = 0.1
+# Steps looked at in any case: all of a short run, and of a long one enough for a schedule that goes to and fro.
+_LOOKED_AT = 4096
 _SHOWN_AT = (0.0, 0.25, 0.5, 0.75)
 
 
@@ -94,17 +97,30 @@ def timeline(schedule: Schedule, ladder: Ladder, *, steps: int, epochs: int, sam
         raise ScheduleError(f"{schedule!r} decides from what it observes in training; there is nothing to show before")
     run = Clock(step=0, steps=steps, epochs=epochs)
     schedule.check(run, ladder)
-    moves: list[tuple[int, int]] = []
-    for step in range(steps):
-        frozen = schedule.frozen(replace(run, step=step), ladder)
-        if not moves or frozen != moves[-1][1]:
-            moves.append((step, frozen))
+    marks = {0, steps - 1, *schedule.turns(run), *(index * steps // _LOOKED_AT for index in range(_LOOKED_AT))}
+    moves = _moves(lambda step: schedule.frozen(replace(run, step=step), ladder), sorted(marks))
     sampled = {step for step, _ in moves} | {step - 1 for step, _ in moves[1:]} | {steps - 1}
     sampled |= {min(run.step_of(share), steps - 1) for share in _SHOWN_AT}
     sampled |= {index * steps // samples for index in range(samples)}
     ordered = tuple(sorted(sampled))
     factors = tuple(schedule.factors(replace(run, step=step), ladder) for step in ordered)
     return Timeline(ladder, run, tuple(moves), ordered, factors)
+
+
+def _moves(frozen: Callable[[int], int], marks: list[int]) -> list[tuple[int, int]]:
+    """(step, blocks frozen from then on), at the first mark and at every change, found by bisection between marks."""
+    found = [(marks[0], frozen(marks[0]))]
+    spans = list(reversed(list(pairwise(marks))))
+    while spans:
+        begin, end = spans.pop()
+        if frozen(end) == found[-1][1]:
+            continue
+        middle = (begin + end) // 2
+        if middle == begin:
+            found.append((end, frozen(end)))
+        else:
+            spans += [(middle, end), (begin, middle)]
+    return found
 
 
 def advice(shown: Timeline) -> list[str]:

@@ -80,8 +80,19 @@ class Wanted:
 
     @property
     def file_stem(self) -> str:
-        """``<name>-<boundary>``, in characters that every file system takes."""
-        return f"{_plain(self.name)}-{_plain(self.boundary)}"
+        """``<name>-<boundary>``, in characters that every file system takes.
+
+        Raises:
+            UsageError: There are too many of them.
+        """
+        stem = f"{_plain(self.name)}-{_plain(self.boundary)}"
+        if len(stem) > _LONGEST_STEM:
+            raise UsageError(
+                f"name={self.name[:20] + '…'!r}: with the boundary it makes {len(stem)} characters of a file's name, "
+                f"expected {_LONGEST_STEM} at most, since file systems take 255 with what is added; give the loader a "
+                "shorter name="
+            )
+        return stem
 
 
 def open_store(where: str | Store, wanted: Wanted) -> Store:
@@ -153,6 +164,23 @@ def fitting_tier(nbytes: int, device: torch.device, folder: str = "") -> str | N
     return _first_with_room(nbytes, _room_in_memory(nbytes, device), folder)
 
 
+def fitting_shares(row_bytes: int, rows: int, device: torch.device, folder: str = "") -> dict[str, float]:
+    """How ``auto`` would spread rows: the share of each tier, fastest first; {} where there is no room for all."""
+    spec = StoreSpec(rows=rows, fields=(FieldSpec(name="row", shape=(row_bytes,), dtype=torch.uint8),))
+    room = _room_in_memory(spec.nbytes, device)
+    parts = _parts(spec, room, folder)
+    if parts:
+        return {f"hdf5:{folder}" if tier == "hdf5" else tier: (end - start) / rows for tier, start, end in parts}
+    tier = _first_with_room(spec.nbytes, room, folder)
+    return {} if tier is None else {tier: 1.0}
+
+
+def free_bytes_at(place: str) -> int:
+    """Bytes that are free where a folder is, or would be made."""
+    path = Path(place).expanduser().absolute()
+    return free_disk_bytes(next(parent for parent in (path, *path.parents) if parent.exists()))
+
+
 def _room_in_memory(nbytes: int, device: torch.device) -> dict[str, int]:
     """Bytes that ``auto`` takes of each tier in memory, fastest first; ``nbytes`` where the host does not say."""
     room = {}
@@ -185,8 +213,8 @@ def _parts(spec: StoreSpec, room: Mapping[str, int], folder: str) -> list[tuple[
     run finds them and the system keeps in memory what it can, unless the disk has no room for all of them.
     """
     shares, disk_bytes = spread(spec, list(room.values())), 0
-    if shares is None and folder:  # only then is the folder made
-        disk_bytes = int(_DISK_SHARE * free_disk_bytes(_folder(Path(folder).expanduser())))
+    if shares is None and folder:
+        disk_bytes = int(_DISK_SHARE * free_bytes_at(folder))
         room = {**room, "hdf5": disk_bytes}
         shares = spread(spec, list(room.values()))
     if shares is None:
@@ -315,6 +343,10 @@ def _names_a_file(place: Path) -> bool:
     with suppress(OSError):  # a name that is too long: making the folder says so
         return place.is_file()
     return False
+
+
+# Of the 255 bytes that file systems take: a fingerprint, the ending and that of locks and temporaries follow.
+_LONGEST_STEM = 200
 
 
 def _plain(text: str) -> str:
