@@ -566,9 +566,10 @@ def test_a_step_that_reads_the_device_runs_eagerly():
     assert torch.cuda.current_stream() == stream
 
 
+@pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_heads_train_as_each_alone(compiled):
-    """Three learning rates from one pass, compiled or not: each head's losses are those of its solo run."""
+def test_heads_train_as_each_alone(compiled, attached):
+    """Three learning rates from one pass, compiled, with one update or neither: a head's losses are as alone."""
     rates = (0.1, 0.03, 0.01)
     alone = []
     for rate in rates:
@@ -589,6 +590,8 @@ def test_heads_train_as_each_alone(compiled):
     batches = engine.loader(loader())
     heads = engine.heads(len(rates))
     optimizer = torch.optim.SGD([{"params": heads.parameters(i), "lr": rate} for i, rate in enumerate(rates)])
+    if attached:
+        heads.attach(optimizer)
     step = heads.compile_step(functional.cross_entropy, optimizer)
     engine.model.train()
     together = []
