@@ -76,7 +76,7 @@ class Heads:
     """
 
     def __init__(self, engine: Router, count: int) -> None:
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise UsageError(f"heads({count!r}): expected 1 or more")
         self.how: Literal["stacked", "loop"] | None = None
         self.reason: str | None = None
@@ -171,14 +171,22 @@ class Heads:
 
         run = _Heads(call, then, self._tensors(found.places), (args, kwargs), self.count)
         training = self._engine.model.training
+        try:
+            made = self._way(found, training, run).run(run)
+        except UnknownOperationError:  # a batch that takes another way through the forward than the first one
+            del found.ways[training]
+            made = self._way(found, training, run).run(run)
+        self.reason = found.ways[training].reason
+        self.how = "stacked" if self.reason is None else "loop"
+        return made
+
+    def _way(self, found: _Found, training: bool, run: _Heads) -> _Way:
+        """How heads run in one mode of the model; decided by its first batch."""
         if training not in found.ways:
             found.ways[training] = run.fitting()
             if found.ways[training].reason is not None:
                 _LOG.info("heads run one after the other: %s", found.ways[training].reason)
-        way = found.ways[training]
-        self.reason = way.reason
-        self.how = "stacked" if self.reason is None else "loop"
-        return way.run(run)
+        return found.ways[training]
 
     def _places(self, module: nn.Module) -> _Found:
         """Where in ``module`` heads have tensors of their own; looked for once for every module."""

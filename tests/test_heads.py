@@ -257,3 +257,32 @@ def test_a_loss_of_what_no_head_makes_has_its_gradient():
     heads.losses(lambda output, y: functional.cross_entropy(shared, y) + 0 * output.sum(), x, y).sum().backward()
     (len(heads) * functional.cross_entropy(alone, y)).backward()
     assert torch.allclose(shared.grad, alone.grad)
+
+
+class _Forked(nn.Module):
+    """Goes another way through what trains while ``scaled`` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.scaled = nn.Linear(6, 12), nn.Linear(12, CLASSES), False
+
+    def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            raise TypeError("not to be traced")
+        x = self.head(self.stem(x))
+        return x * 2 if self.scaled else x
+
+
+def test_a_batch_that_goes_another_way_than_the_first():
+    """An operation that heads side by side do not know, met in a later batch: another way is found, and used."""
+    torch.manual_seed(0)
+    model = _Forked()
+    cf.freeze(model, "head", example_inputs=torch.randn(2, 6))
+    engine, batches = loaded(model)
+    heads = engine.heads(3)
+    outputs = []
+    for number, (x, _) in enumerate(batches):
+        model.scaled = number > 0
+        outputs.append((heads(x), engine(x)))
+    assert heads.how == "stacked"
+    assert all(torch.allclose(found[head], wanted) for found, wanted in outputs for head in range(3))
