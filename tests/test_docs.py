@@ -81,7 +81,7 @@ def test_python_blocks_run(page, tmp_path, capsys, monkeypatch, request):
 
 def test_the_readme_has_exactly_two_commands_to_set_up_and_go():
     lines = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert [line.rsplit("/", 1)[1] for line in lines] == ["cachefreeze train", "pytest"]
+    assert [line.rsplit("/", 1)[1] for line in lines] == ["cachefreeze train", "pytest -n 2"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "benchmarks/README.md"])
