@@ -78,19 +78,14 @@ class _Stack:
         self.weights = nn.Parameter(weights)
         self.own = own
         self.before = torch.empty_like(weights)
-        self._gradient = torch.zeros_like(weights)
-        self._slices = self._gradient.unbind(0)
+        self._slices: tuple[Tensor, ...] = ()  # of the weights' gradient, one a head
+        self.weights.register_post_accumulate_grad_hook(self._hand_out)
         self._shown: dict[str, Any] = {}  # the first head's state, as it was put there
         self._made: list[Any] = []  # what that is slices of
 
     def leaf(self) -> Tensor:
         """The weights for one forward, whose gradient is added to the heads' own."""
-        if all(parameter.grad is None for parameter in self.own):
-            self._gradient.zero_()
-            for parameter, part in zip(self.own, self._slices, strict=True):
-                parameter.grad = part
         self._gather()
-        self.weights.grad = self._gradient
         return self.weights
 
     def settle(self) -> None:
@@ -101,19 +96,24 @@ class _Stack:
                 f"head {given.index(False)} is frozen or has no gradient, others have one: expected gradients of all "
                 f"heads, for one update of all. Give it a learning rate of 0, or {_FIX}"
             )
-        if all(given):
-            self._gather()
-        self.weights.grad = self._gradient if all(given) else None
+        self._gather()
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """What was put in place of a slice of the gradient is copied there."""
-        if all(parameter.grad is part for parameter, part in zip(self.own, self._slices, strict=True)):
+        """The weights' gradient is what the heads have, which may have put something in place of their slices."""
+        if self._slices and all(p.grad is part for p, part in zip(self.own, self._slices, strict=True)):
             return
+        self._slices, self.weights.grad = (), None
+        if any(parameter.grad is not None for parameter in self.own):
+            self.weights.grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.own])
+            self._hand_out(self.weights)
+
+    def _hand_out(self, weights: Tensor) -> None:
+        """The heads' gradients are slices of the weights'."""
+        assert weights.grad is not None
+        self._slices = weights.grad.unbind(0)
         for parameter, part in zip(self.own, self._slices, strict=True):
-            if parameter.grad is not part:
-                part.copy_(torch.zeros_like(part) if parameter.grad is None else parameter.grad)
-                parameter.grad = part
+            parameter.grad = part
 
     def take_state(self, of_heads: Mapping[Tensor, Any], joint: dict[Tensor, Any], whole: frozenset[str]) -> None:
         """What the heads' state has that was not put there: of a checkpoint, or of steps before ``attach``.
