@@ -79,7 +79,7 @@ class _Stack:
         self.own = own
         self.before = torch.empty_like(weights)
         self._slices: tuple[Tensor, ...] = ()  # of the weights' gradient, one a head
-        self.weights.register_post_accumulate_grad_hook(self._hand_out)
+        self.weights.register_post_accumulate_grad_hook(self._hand_out)  # type: ignore[no-untyped-call]
         self._shown: dict[str, Any] = {}  # the first head's state, as it was put there
         self._made: list[Any] = []  # what that is slices of
 
