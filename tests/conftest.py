@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands that tests run: threads would wait for each other
 # tqdm's own lock is shared with forked children: one that is killed with it in hand would stop every bar here for ever
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
