@@ -113,6 +113,7 @@ class Engine:
         self.cache: CacheManager | None = None
         self.epoch = 0
         self._running = False
+        self._trained = False  # in the epoch that runs: the engine was called with gradients
         self.boundary: str | None = None
         self._store = store
         self._autocast = autocast
@@ -262,7 +263,7 @@ class Engine:
             if self._following is not None:
                 self._follow(self._following, total, steps_per_epoch)
             hold_eval(self.model)
-            self._running = True
+            self._running, self._trained = True, False
             try:
                 yield self.epoch
             finally:
@@ -281,11 +282,16 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on.
 
-        Taken inside the loop over :meth:`epochs` it stands for the end of the epoch that runs: take it when that epoch
-        has been trained. Outside, for the beginning of the next one; an epoch that was left by ``break`` comes again.
+        Taken inside the loop over :meth:`epochs` it stands for the beginning of the epoch that runs before that trains,
+        and for its end from the first training step on: take it when the epoch has been trained. Outside, for the
+        beginning of the next one; an epoch that was left by ``break`` comes again.
         """
         staging = {} if self._staging is None else {"staging": self._staging.state_dict()}
-        return {"epoch": self.epoch + self._running, "place": self._following and self._following.place, **staging}
+        return {
+            "epoch": self.epoch + (self._running and self._trained),
+            "place": self._following and self._following.place,
+            **staging,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
@@ -322,6 +328,7 @@ class Engine:
         Raises:
             StaleCacheError, UsageError, TypeError: As a call does.
         """
+        self._trained = self._trained or torch.is_grad_enabled()
         # as in most steps: there is nothing else to look at, and reading a signature takes longer than many a head
         alone = len(args) == 1 and not kwargs
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Rows)), None)

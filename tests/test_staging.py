@@ -435,6 +435,26 @@ def test_a_loop_of_ones_own_resumes_from_a_state_saved_at_an_epochs_end(schedule
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize("schedule", [None, cf.FreezeOut(0.3)])
+def test_a_state_saved_before_an_epoch_trains_is_of_its_beginning(schedule):
+    """Also after a validation pass; from the first training step on it is of the epoch's end."""
+    model, engine, batches = made(schedule or cf.FreezeOut(0.3), "host")
+    if schedule is None:
+        engine = cf.Engine(model, "off")
+        batches = engine.loader(batches.dataloader)
+    else:
+        engine.attach(OPTIMIZERS["adamw"](model.parameters()))
+    for epoch in engine.epochs(2):
+        assert engine.state_dict()["epoch"] == epoch
+        with torch.no_grad():
+            for x, _ in batches:
+                engine(x)
+        assert engine.state_dict()["epoch"] == epoch
+        engine(next(iter(batches))[0])
+        assert engine.state_dict()["epoch"] == epoch + 1
+    assert engine.state_dict()["epoch"] == 2
+
+
 def test_a_state_of_another_length_or_schedule_is_refused():
     def at(schedule):
         return made(schedule)[1]
