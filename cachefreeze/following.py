@@ -203,8 +203,7 @@ class Following:
         loaders = [(followed.loader.dataloader, followed.view) for followed in self._followed]
         view, device = loaders[0][1], model_device(self._model)
         samples = sum(each.samples for _, each in loaders)
-        batch = loaders[0][0].batch_size or 64
-        run = Run(samples, sum(map(bool, upcoming)), batch, thawed=True)
+        run = Run.of(loaders[0][0], samples, sum(map(bool, upcoming)), thawed=True)
         if self._look is None:
             self._look = look_at(self._model, view, self._autocast, run)
         if not now and self._look.shows_short(run):
@@ -219,12 +218,12 @@ class Following:
             epochs=len(upcoming),
             look=self._look,
         )
-        estimated = seen.costs_in(self._store, device, batch)
+        estimated = seen.costs_in(self._store, device, run.batch_size)
         longer = replace(estimated, setup=2 * estimated.setup)
         if set(worthwhile(upcoming, longer, now)[0]) == {now}:
             return longer
         sizes = {block.name: block.bytes_per_sample for block in listed_blocks(self._model, view)}
-        return replace(seen.with_rows(sizes).costs_in(self._store, device, batch), setup=longer.setup)
+        return replace(seen.with_rows(sizes).costs_in(self._store, device, run.batch_size), setup=longer.setup)
 
     def _move(self, place: int) -> None:
         """Move the boundary of the cache: rows of the new one are filled while the epoch trains."""

@@ -196,7 +196,6 @@ class JointUpdate:
     ) -> None:
         self._optimizer = optimizer
         self._original = optimizer.step
-        self._own = own
         self._stacks = {name: _Stack(weights, own[name]) for name, weights in stacked.items()}
         self._whole: frozenset[str] = frozenset()  # entries of the state that no head has slices of
         self._settings = sorted(set(optimizer.defaults) - {"lr"})

@@ -69,7 +69,7 @@ def measure_boundary(
     """
     names, device = ("", boundary), model_device(model)
     samples = sum(view.samples for _, view in loaders)
-    run = None if epochs is None else _run(loaders[0][0], samples, epochs)
+    run = None if epochs is None else Run.of(loaders[0][0], samples, epochs)
     look = look or look_at(model, loaders[0][1], autocast, run)
     if run is not None and look.shows_short(run):
         return None
@@ -89,16 +89,12 @@ def is_short(
     """
     with suppress(Exception):  # what is wrong with the loader or the model is said by what needs them
         example, fetch = alike_example_of(dataloader, forward_arguments(model), inputs)
-        run = _run(dataloader, len(dataloader.dataset), epochs)  # type: ignore[arg-type]
+        run = Run.of(dataloader, len(dataloader.dataset), epochs)  # type: ignore[arg-type]
         if short_for_any(model, fetch, run):
             return True, None
         look = first_look(model, example, fetch, autocast, run)
         return look.shows_short(run), look
     return False, None
-
-
-def _run(dataloader: DataLoader[Any], samples: int, epochs: int) -> Run:
-    return Run(samples, epochs, dataloader.batch_size or 64)
 
 
 def judge(costs: Costs | None, boundary: str, epoch: int, left: int | None) -> Judgement:

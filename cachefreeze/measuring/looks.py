@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from cachefreeze.isolation import evaluating
 from cachefreeze.measuring.forwards import first_call, wait
@@ -47,6 +49,11 @@ class Run:
     epochs: int
     batch_size: int
     thawed: bool = False
+
+    @classmethod
+    def of(cls, dataloader: DataLoader[Any], samples: int, epochs: int, *, thawed: bool = False) -> Run:
+        """With the batches of a training loader."""
+        return cls(samples, epochs, dataloader.batch_size or 64, thawed)
 
     @property
     def read(self) -> int:
